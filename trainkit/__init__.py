@@ -1,0 +1,53 @@
+"""A plugin-based training framework for image models.
+
+The names below are the public interface for notebooks; plugin authors also import ``trainkit.plugin``. They load on
+first use, so that ``import trainkit`` costs nothing and the commands that need no torch do not import it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Batch": "data",
+    "Data": "data",
+    "TensorSplit": "data",
+    "TrainkitError": "errors",
+    "Recipe": "recipe",
+    "load_recipe": "recipe",
+    "Run": "run",
+    "Schedule": "run",
+    "build": "run",
+    "Result": "trainer",
+    "evaluate": "trainer",
+    "fit": "trainer",
+    "Gather": "transforms",
+    "Map": "transforms",
+}
+
+if TYPE_CHECKING:
+    from trainkit.data import Batch as Batch
+    from trainkit.data import Data as Data
+    from trainkit.data import TensorSplit as TensorSplit
+    from trainkit.errors import TrainkitError as TrainkitError
+    from trainkit.recipe import Recipe as Recipe
+    from trainkit.recipe import load_recipe as load_recipe
+    from trainkit.run import Run as Run
+    from trainkit.run import Schedule as Schedule
+    from trainkit.run import build as build
+    from trainkit.trainer import Result as Result
+    from trainkit.trainer import evaluate as evaluate
+    from trainkit.trainer import fit as fit
+    from trainkit.transforms import Gather as Gather
+    from trainkit.transforms import Map as Map
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'trainkit' has no attribute {name!r}")
+    return getattr(import_module(f"trainkit.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

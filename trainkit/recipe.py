@@ -1,0 +1,287 @@
+"""Recipes: schema, ``extends``, overrides, validation. A recipe is data; nothing in it is executed or imported.
+
+A recipe and all that it extends are merged (later keys win), overrides are merged over that, and the result is held
+against the schema below. The options of a plugin are held against its class when it is activated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import yaml
+from attrs import field
+from attrs.validators import ge, gt, optional
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainkit.errors import PluginError, RecipeError, did_you_mean
+
+__all__ = ["Recipe", "load_recipe", "make_options"]
+
+MAX_BYTES = 256 * 1024
+MAX_DEPTH = 20
+_REFERENCE = re.compile(r"\$\{[\w.]+\}")
+
+
+def _slug(recipe: Recipe, attribute: attrs.Attribute[str], value: str) -> None:
+    """A name is a folder's name in the runs directory."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", value):
+        raise ValueError("'name' must be letters, digits, '.', '_' and '-', and begin with a letter or digit")
+
+
+@attrs.frozen(kw_only=True)
+class Recipe:
+    """A resolved recipe.
+
+    Args:
+        name: names the run's folder.
+        description: one line for listings.
+        source: the publication and the part of it that the recipe reproduces.
+        seed: what every random stream starts from.
+        epochs: passes over the training split.
+        batch_size: training images a step.
+        test_batch_size: test images a batch; the training batch size when absent.
+        max_steps: stop after this many steps, whatever `epochs` says.
+        device: ``auto`` (the first GPU, else the processor) or a torch device, such as ``cpu`` or ``cuda:1``.
+        expect: what the recipe should reach, by metric; ``parameters`` is checked before training.
+        requires: requirements that provide plugins from elsewhere.
+        plugins: options by plugin name, in call order.
+        path: the file that it was read from.
+    """
+
+    name: str = field(validator=_slug)
+    description: str = ""
+    source: str = ""
+    seed: int = 0
+    epochs: int = field(validator=ge(1))
+    batch_size: int = field(validator=ge(1))
+    test_batch_size: int | None = field(default=None, validator=optional(ge(1)))
+    max_steps: int | None = field(default=None, validator=optional(gt(0)))
+    device: str = "auto"
+    expect: dict[str, int | float] = field(factory=dict)
+    requires: list[str] = field(factory=list)
+    plugins: dict[str, Any] = field(factory=dict)
+    path: Path | None = field(default=None, eq=False)
+
+    @property
+    def where(self) -> str:
+        """The recipe's file, for messages."""
+        return str(self.path) if self.path else f"recipe {self.name!r}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that :func:`load_recipe` reads back to an equal recipe."""
+        return attrs.asdict(self, filter=lambda a, v: a.name != "path" and v is not None and v not in ("", [], {}))
+
+    def to_yaml(self) -> str:
+        """Return the recipe as a YAML document."""
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+        return text
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: ``"key.path=value"`` strings, values in YAML, or a mapping from key path to value. ``false`` as the
+            value of a plugin drops it.
+
+    Raises:
+        RecipeError: the file, a key, a type or a value is wrong; the message names file and key.
+    """
+    path = Path(path)
+    tree = _read_with_bases(path, root=path.parent, seen=())
+    for key, value in _parse_overrides(overrides):
+        tree = _merge(tree, _nest(key, value))
+    return from_dict(tree, path)
+
+
+def from_dict(tree: Mapping[str, Any], path: Path | None = None) -> Recipe:
+    """Return the recipe that plain data describe.
+
+    Raises:
+        RecipeError: see :func:`load_recipe`.
+    """
+    where = str(path) if path else "recipe"
+    tree = dict(tree)
+    plugins = tree.get("plugins") or {}
+    if not isinstance(plugins, Mapping):
+        raise RecipeError(f"{where}: plugins: expected a mapping from plugin name to options")
+    kept: dict[str, dict[str, Any]] = {}
+    for name, options in plugins.items():
+        if options is False:
+            continue
+        if options is not None and options is not True and not isinstance(options, Mapping):
+            raise RecipeError(f"{where}: plugins.{name}: expected options (`key: value`), nothing, or false to drop it")
+        kept[str(name)] = dict(options) if isinstance(options, Mapping) else {}
+    tree["plugins"] = kept
+    if isinstance(tree.get("expect"), Mapping):  # `expect.parameters=null` withdraws what a base recipe expects
+        tree["expect"] = {k: v for k, v in tree["expect"].items() if v is not None}
+    values = _checked(where, "", Recipe, tree, resolve=True)
+    recipe: Recipe = _construct(where, "", Recipe, {**values, "path": path})
+    return recipe
+
+
+def make_options(recipe: Recipe, name: str, cls: type) -> Any:
+    """Return a plugin: its class, constructed from the options that the recipe gives it.
+
+    Raises:
+        RecipeError: an option is unknown, missing, of the wrong type, or fails its validator.
+    """
+    prefix = f"plugins.{name}."
+    return _construct(recipe.where, prefix, cls, _checked(recipe.where, prefix, cls, recipe.plugins[name]))
+
+
+def _checked(where: str, prefix: str, cls: type, given: Mapping[str, Any], *, resolve: bool = False) -> dict[str, Any]:
+    """Hold values against the types of a class's fields and convert them (``1`` to ``1.0``, a list to a tuple)."""
+    try:
+        attrs.resolve_types(cls)
+    except NameError as error:
+        raise PluginError(
+            f"{where}: {prefix.rstrip('.')}: an annotation of {cls.__name__} has no meaning: {error}"
+        ) from error
+    options = {f.alias or f.name: f for f in attrs.fields(cls) if f.init and not (cls is Recipe and f.name == "path")}
+    for key in given:
+        if key not in options:
+            raise RecipeError(f"{where}: {prefix}{key}: unknown key{did_you_mean(str(key), options) or _list(options)}")
+    for key, option in options.items():
+        if key not in given and option.default is attrs.NOTHING:
+            raise RecipeError(f"{where}: {prefix}{key}: missing; the recipe must give it")
+    schema = attrs.make_class("Options", {k: attrs.field(type=f.type) for k, f in options.items() if k in given})
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), dict(given))
+        values = OmegaConf.to_container(merged, resolve=resolve, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        first = str(error).splitlines()[0]
+        raise RecipeError(f"{where}: {prefix}{error.full_key or ''}: {first}") from error
+    assert isinstance(values, dict)
+    return {str(k): v for k, v in values.items()}
+
+
+def _construct(where: str, prefix: str, cls: type, values: Mapping[str, Any]) -> Any:
+    try:
+        return cls(**values)
+    except (ValueError, TypeError) as error:  # what attrs' validators raise
+        message = str(error.args[0]) if error.args else str(error)
+        key = m.group(1) if (m := re.search(r"'(\w+)'", message)) else ""
+        raise RecipeError(f"{where}: {prefix}{key}: {message}") from error
+
+
+def _list(names: Mapping[str, Any]) -> str:
+    return f"; known: {', '.join(names)}" if names else "; it takes no options"
+
+
+def _read_with_bases(path: Path, root: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    resolved = path.resolve()
+    if resolved in seen:
+        raise RecipeError(f"{path}: extends: goes in a circle through {', '.join(p.name for p in seen)}")
+    tree = _read(path)
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: extends: expected the name of one recipe file, got {base!r}")
+    target = path.parent / base
+    if not target.resolve().is_relative_to(root.resolve()):
+        raise RecipeError(f"{path}: extends: {base!r} lies outside the recipe's own folder; copy it there")
+    return _merge(_read_with_bases(target, root, (*seen, resolved)), tree)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes() if path.stat().st_size <= MAX_BYTES else None
+    except FileNotFoundError:
+        folder = path.parent if path.parent.is_dir() else Path("recipes")
+        near = {p.name: p for p in sorted(folder.glob("*.yaml"))}
+        close = did_you_mean(path.name, near) or did_you_mean(f"{path.name}.yaml", near)
+        raise RecipeError(f"{path}: no such recipe{close}") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+    if data is None:
+        raise RecipeError(f"{path}: larger than {MAX_BYTES // 1024} KiB; a recipe lists plugins, it holds no data")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+    tree = _parse(text, str(path))
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: expected a mapping with name, epochs, batch_size and plugins")
+    return tree
+
+
+def _parse(text: str, where: str) -> Any:
+    """Parse YAML into plain data; refuses tags, aliases and depth before anything is constructed."""
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            line = event.start_mark.line + 1 if event.start_mark else 0
+            if isinstance(event, yaml.AliasEvent):
+                raise RecipeError(
+                    f"{where}, line {line}: YAML aliases are not supported; write it out, or use `extends`"
+                )
+            if (tag := getattr(event, "tag", None)) is not None:
+                raise RecipeError(f"{where}, line {line}: YAML tag {tag!r} refused; a recipe is plain data")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise RecipeError(f"{where}, line {line}: nested deeper than {MAX_DEPTH} levels")
+        # omegaconf's own rules for the rest: ``1e-3`` is a number, a duplicate key an error
+        value = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise RecipeError(f"{where}: YAML syntax: {problem}") from error
+    except (OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise RecipeError(f"{where}: {str(error).splitlines()[0]}") from error
+    _refuse_resolvers(value, where)
+    return value
+
+
+def _refuse_resolvers(value: Any, where: str, key: str = "") -> None:
+    """Only references to other keys, ``${epochs}``, may be interpolated: resolvers could read files or variables."""
+    if isinstance(value, dict):
+        for k, v in value.items():
+            if not isinstance(k, str):
+                raise RecipeError(f"{where}: {key}{k!r}: keys must be text")
+            _refuse_resolvers(k, where, key)
+            _refuse_resolvers(v, where, f"{key}{k}.")
+    elif isinstance(value, list):
+        for n, v in enumerate(value):
+            _refuse_resolvers(v, where, f"{key}{n}.")
+    elif isinstance(value, str) and "${" in _REFERENCE.sub("", value):
+        raise RecipeError(f"{where}: {key.rstrip('.')}: {value!r}: only ${{key}} references are allowed, no resolvers")
+
+
+def _parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
+    if isinstance(overrides, Mapping):
+        return list(overrides.items())
+    pairs = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.[\w-]+)*", key):
+            raise RecipeError(f"override {text!r}: expected KEY=VALUE, such as epochs=5 or plugins.se.reduction=8")
+        if "\n" in value:
+            raise RecipeError(f"override {text!r}: the value must be one line")
+        pairs.append((key, _parse(f"value: {value}", f"override {text!r}")["value"]))
+    return pairs
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge mappings key by key, `over` winning; a plugin listed again keeps its place and its other options."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, dict):
+            merged[key] = _merge(old, value)
+        elif not (value is None and isinstance(old, dict)):  # `se:` alone keeps inherited options
+            merged[key] = value
+    return merged

@@ -1,0 +1,175 @@
+"""The run directory: what a run leaves behind, each file written whole or not at all.
+
+::
+
+    runs/<recipe>/<time>-<seed>/
+        recipe.yaml          resolved and complete: runs again
+        plugins.lock.json    name, version, distribution, source and options of each plugin, in order
+        environment.json     interpreter, packages, processor, devices, data fingerprints
+        metrics.jsonl, figures/, checkpoints/     from the plugins that write them
+        result.json          how it ended and what was reached
+
+Nothing inside is an absolute path, so the directory can be moved.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from trainkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from trainkit.activation import Active
+    from trainkit.recipe import Recipe
+
+__all__ = ["RunDir", "atomic_write", "environment", "lock"]
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Write a file whole or not at all: beside it, flushed to the disk, renamed, and the folder flushed too.
+
+    Raises:
+        OSError: the disk is full or read-only; what stood at `path` before still stands there.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@attrs.frozen
+class RunDir:
+    """One run's directory."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, recipe: Recipe, path: Path | None = None) -> RunDir:
+        """Make a new, empty directory.
+
+        Args:
+            recipe: names the folder, with its seed.
+            path: where; by default ``runs/<recipe>/<time>-<seed>`` below the current directory.
+
+        Raises:
+            UsageError: `path` exists and is not empty, or cannot be made.
+        """
+        if path is not None:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                occupied = any(path.iterdir())
+            except OSError as error:
+                raise UsageError(f"--run-dir {path}: cannot be made: {error.strerror}") from error
+            if occupied:
+                raise UsageError(f"--run-dir {path}: not empty; give a new directory")
+            return cls(path)
+        stem = f"{datetime.now():%Y%m%d-%H%M%S}-{recipe.seed}"
+        for attempt in range(1, 1000):
+            path = Path("runs") / recipe.name / (stem if attempt == 1 else f"{stem}-{attempt}")
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:  # another run of this recipe began within the same second
+                continue
+            except OSError as error:
+                raise UsageError(f"{path}: cannot be made: {error.strerror}; choose a place with --run-dir") from error
+            return cls(path)
+        raise UsageError(f"{path}: a thousand runs in one second")
+
+    def write(self, name: str, data: bytes | str) -> Path:
+        """Write a file below the directory, atomically; folders in `name` are made."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, data)
+        return path
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write a JSON file, atomically."""
+        return self.write(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file.
+
+        Raises:
+            UsageError: it is not there or not JSON.
+        """
+        path = self.path / name
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path}: not the file of a run: {error}") from error
+
+
+def lock(plugins: Mapping[str, Active], recipe: Recipe) -> list[dict[str, Any]]:
+    """Return what ``plugins.lock.json`` holds: each plugin, exactly, in call order."""
+    return [
+        {
+            "name": name,
+            "distribution": active.installed.distribution if active.installed else None,
+            "version": active.version,
+            "source": active.installed.source if active.installed else None,
+            "options": recipe.plugins.get(name, {}),
+        }
+        for name, active in plugins.items()
+    ]
+
+
+def environment() -> dict[str, Any]:
+    """Return what else a number depends on: interpreter, packages, processor, devices, threads, source revision."""
+    import torch
+
+    names = ("trainkit", "torch", "torchvision", "numpy", "pluggy", "attrs", "omegaconf", "pillow")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": versions,
+        "revision": _revision(),
+    }
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _revision() -> str | None:
+    """The git revision of the current directory, marked when files differ from it; None outside of a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None
