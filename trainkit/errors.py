@@ -7,7 +7,16 @@ traceback; ``--traceback`` shows where it was raised.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["DataError", "PluginError", "RecipeError", "RunError", "TrainkitError", "UsageError", "did_you_mean"]
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "PluginError",
+    "RecipeError",
+    "RunError",
+    "TrainkitError",
+    "UsageError",
+    "did_you_mean",
+]
 
 
 class TrainkitError(Exception):
@@ -30,6 +39,10 @@ class PluginError(TrainkitError):
 
 class DataError(TrainkitError):
     """The data are missing, incomplete or cannot be decoded."""
+
+
+class CheckpointError(TrainkitError):
+    """A checkpoint is missing, damaged or not one of ours."""
 
 
 class RunError(TrainkitError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from trainkit.rundir import RunDir
 
-__all__ = ["Run", "Schedule", "build", "count_parameters", "to_host"]
+__all__ = ["Run", "Schedule", "best_of", "build", "count_parameters", "improves", "to_host"]
 
 
 class Schedule(NamedTuple):
@@ -78,6 +79,12 @@ class Run:
     def steps_per_epoch(self) -> int:
         """Training batches an epoch."""
         return len(self.batches["train"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs, or the recipe's ``max_steps``, are done."""
+        limit = self.recipe.max_steps
+        return self.epoch >= self.recipe.epochs or (limit is not None and self.step >= limit)
 
     @property
     def console(self) -> Console:
@@ -174,6 +181,23 @@ def to_host(records: list[dict[str, Any]]) -> list[dict[str, float]]:
     tensors = [v.detach().double() for record in records for v in record.values() if isinstance(v, Tensor)]
     numbers = iter(torch.stack(tensors).tolist() if tensors else ())
     return [{k: next(numbers) if isinstance(v, Tensor) else v for k, v in record.items()} for record in records]
+
+
+def improves(metric: str, new: float, old: float) -> bool:
+    """Tell whether a metric's new value is better: less for losses and errors, greater for all others."""
+    return new < old if metric.endswith(("loss", "error")) else new > old
+
+
+def best_of(history: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Return the best value of each test metric and its epoch, as ``{name: {"value": ..., "epoch": ...}}``."""
+    best: dict[str, dict[str, float]] = {}
+    for row in history:
+        for name, value in row.items():
+            if not name.startswith("test_") or math.isnan(value):
+                continue
+            if name not in best or improves(name, value, best[name]["value"]):
+                best[name] = {"value": value, "epoch": row["epoch"]}
+    return best
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -15,25 +15,30 @@ Nothing inside is an absolute path, so the directory can be moved.
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import datetime
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from trainkit.errors import UsageError
+from trainkit.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from trainkit.activation import Active
     from trainkit.recipe import Recipe
 
-__all__ = ["RunDir", "atomic_write", "environment", "lock"]
+__all__ = ["RunDir", "atomic_write", "environment", "lock", "pack_state"]
+
+DIGEST_SIZE = 32
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -106,7 +111,46 @@ class RunDir:
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write a JSON file, atomically."""
-        return self.write(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+        return self.write(name, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+
+    def recipe_path(self) -> Path:
+        """Return the resolved recipe of the run.
+
+        Raises:
+            UsageError: the directory is not a run's.
+        """
+        path = self.path / "recipe.yaml"
+        if not path.is_file():
+            raise UsageError(f"{self.path}: not the directory of a run: it holds no recipe.yaml")
+        return path
+
+    def load_state(self, name: str) -> dict[str, Any]:
+        """Read ``checkpoints/<name>.pt`` after verifying its checksum; nothing in it can run code.
+
+        Raises:
+            CheckpointError: it is missing, truncated, altered, or holds more than tensors and plain values.
+        """
+        import torch
+
+        path = self.path / "checkpoints" / f"{name}.pt"
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: no checkpoint: {error.strerror}; a run saves them when its recipe lists `checkpoint`"
+            ) from error
+        body, digest = data[:-DIGEST_SIZE], data[-DIGEST_SIZE:]
+        if blake2b(body, digest_size=DIGEST_SIZE).digest() != digest:
+            raise CheckpointError(f"{path}: damaged: its checksum does not match its {len(data):,} bytes")
+        try:
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(
+                f"{path}: refused: not a checkpoint of tensors and plain values: {str(error).splitlines()[0]}"
+            ) from error
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{path}: not a checkpoint of trainkit")
+        return state
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file.
@@ -119,6 +163,26 @@ class RunDir:
             return json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise UsageError(f"{path}: not the file of a run: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def pack_state(state: Mapping[str, Any]) -> bytes:
+    """Return a checkpoint file's bytes: what ``torch.save`` writes, with a checksum of all of it at the end."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    # a torch file is a zip archive, and an archive may end in a comment, whose length stands in its last two bytes
+    body = buffer.getvalue()[:-2] + DIGEST_SIZE.to_bytes(2, "little")
+    return body + blake2b(body, digest_size=DIGEST_SIZE).digest()
 
 
 def lock(plugins: Mapping[str, Active], recipe: Recipe) -> list[dict[str, Any]]:

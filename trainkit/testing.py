@@ -17,7 +17,7 @@ from trainkit.recipe import Recipe
 from trainkit.run import Run, build_with
 from trainkit.trainer import fit
 
-__all__ = ["build_run", "made_data", "run_steps"]
+__all__ = ["build_run", "made_data", "parameters_of", "run_steps"]
 
 
 def made_data(n: int = 32, classes: int = 4, size: int = 8) -> Data:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trainkit.data import Batch, fingerprint, order
 from trainkit.errors import PluginError, RunError
 from trainkit.rng import stream, torch_seed
-from trainkit.run import Run, count_parameters, to_host
+from trainkit.run import Run, best_of, count_parameters, to_host
 from trainkit.rundir import RunDir, environment, lock
 
 __all__ = ["Result", "Trainer", "evaluate", "fit"]
@@ -61,7 +61,8 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``result.json`` holds."""
-        return attrs.asdict(self, filter=lambda a, _: a.name != "path")
+        plain: dict[str, Any] = attrs.asdict(self, filter=lambda a, _: a.name != "path")
+        return plain
 
 
 class Trainer:
@@ -98,7 +99,7 @@ class Trainer:
         """Train from the run's position to its end, or to a safe point at which it was asked to stop."""
         run = self.run
         self._clock = perf_counter()
-        while not self.finished():
+        while not (run.finished or self.stopping()):
             if run.batch_index == 0 and self.epoch_start:
                 self.epoch_start(run)
             self.train_epoch()
@@ -112,19 +113,9 @@ class Trainer:
                 return
             self.end_epoch(metrics)
 
-    def finished(self) -> bool:
-        """Tell whether nothing is left to train or the run was asked to stop."""
-        run = self.run
-        return run.epoch >= run.epochs or self.stopping() or self.out_of_steps()
-
     def stopping(self) -> bool:
         """Tell whether the run was asked to stop."""
         return self.run.stop_reason is not None
-
-    def out_of_steps(self) -> bool:
-        """Tell whether the recipe's ``max_steps`` is reached."""
-        limit = self.run.recipe.max_steps
-        return limit is not None and self.run.step >= limit
 
     def train_epoch(self) -> None:
         """Take the steps that are left of this epoch."""
@@ -136,7 +127,7 @@ class Trainer:
             self.lap("data")
             if self.train_step(batch):
                 self.at_safe_point()
-            if self.stopping() or self.out_of_steps():
+            if self.stopping() or run.finished:
                 break
 
     def train_step(self, batch: Batch) -> bool:
@@ -331,21 +322,12 @@ def _result(run: Run, trainer: Trainer, error: BaseException | None, total: floa
         steps=run.step,
         parameters=count_parameters(run.model),
         final={k: v for k, v in run.history[-1].items() if k not in ("epoch", "step")} if run.history else {},
-        best=_best(run.history),
+        best=best_of(run.history),
         expected=dict(run.recipe.expect),
         seconds={k: round(v, 3) for k, v in seconds.items()},
         images_per_second=round(trainer.images / busy, 1) if busy else None,
         path=run.dir.path if run.dir else None,
     )
-
-
-def _best(history: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    best = {}
-    for name in (k for k in (history[-1] if history else {}) if k.startswith("test_")):
-        choose = min if name.endswith(("loss", "error")) else max
-        row = choose((r for r in history if name in r), key=lambda r: r[name])
-        best[name] = {"value": row[name], "epoch": row["epoch"]}
-    return best
 
 
 @contextmanager

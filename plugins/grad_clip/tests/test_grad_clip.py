@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainkit.testing import run_steps
+from trainkit.testing import parameters_of, run_steps
 from trainkit_grad_clip import GradClip
 
 
@@ -41,10 +41,10 @@ def test_parameters_move_at_most_by_learning_rate_times_limit():
     free, clipped = run_steps({}, steps=1), run_steps({"grad_clip": GradClip(limit=1e-3)}, steps=1)
     start = run_steps({"grad_clip": GradClip(limit=1e-30)}, steps=1)
     move = max(
-        float((a - b).abs().max()) for a, b in zip(clipped.model.parameters(), start.model.parameters(), strict=True)
+        float((a - b).abs().max()) for a, b in zip(parameters_of(clipped), parameters_of(start), strict=True)
     )
     unclipped = max(
-        float((a - b).abs().max()) for a, b in zip(free.model.parameters(), start.model.parameters(), strict=True)
+        float((a - b).abs().max()) for a, b in zip(parameters_of(free), parameters_of(start), strict=True)
     )
     assert move == pytest.approx(0.1 * 1e-3, rel=1e-3)
     assert unclipped > move

@@ -1,0 +1,111 @@
+"""The command line: one module a subcommand, imported only when that command is typed.
+
+A command is an object with ``HELP`` (one line), ``add_arguments(parser)`` and ``run(args) -> int`` (the exit code).
+Installed packages add commands of their own through the entry-point group ``trainkit.commands``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from trainkit import __version__
+from trainkit.cli.output import error
+from trainkit.errors import PluginError, TrainkitError, UsageError, did_you_mean
+from trainkit.registry import COMMANDS, installed
+
+__all__ = ["main"]
+
+BUILT_IN = {
+    "run": "train what a recipe describes",
+    "evaluate": "evaluate a run's checkpoint on the test split",
+    "plugins": "list and show installed plugins",
+    "recipes": "list and show recipes",
+}
+
+EXAMPLES = """\
+examples:
+  trainkit run recipes/quickstart.yaml
+  trainkit run recipes/basic_se.yaml epochs=5 plugins.cifar10.root=data
+  trainkit plugins list
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong input, 130 and 143 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in argv
+    argv = [a for a in argv if a != "--traceback"]
+    try:
+        return _dispatch(argv)
+    except TrainkitError as caught:
+        return _report(caught, str(caught), caught.exit_code, show_traceback)
+    except KeyboardInterrupt as caught:
+        return _report(caught, "interrupted", 130, show_traceback)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        sys.stderr.close()
+        return 0
+    except Exception as caught:
+        return _report(caught, f"{type(caught).__name__}: {caught} (--traceback shows where)", 1, show_traceback)
+
+
+def _dispatch(argv: list[str]) -> int:
+    first = argv[0] if argv else "--help"
+    if first in ("-h", "--help"):
+        _parser().print_help()
+        return 0
+    if first == "--version":
+        print(f"trainkit {__version__}")
+        return 0
+    command = _command(first)
+    parser = argparse.ArgumentParser(
+        prog=f"trainkit {first}",
+        description=command.HELP,
+        epilog=getattr(command, "EXAMPLES", None),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    code: int = command.run(parser.parse_args(argv[1:]))
+    return code
+
+
+def _command(name: str) -> Any:
+    if name in BUILT_IN:
+        return import_module(f"trainkit.cli.{name}")
+    extra = installed(COMMANDS)
+    if name not in extra:
+        near = did_you_mean(name, [*BUILT_IN, *extra]) or "; `trainkit --help` lists what there is"
+        raise UsageError(f"no command {name!r}{near}")
+    if len(extra[name]) > 1:
+        claims = " and ".join(f"{i.distribution} {i.version}" for i in extra[name])
+        raise PluginError(f"command {name!r} is claimed by {claims}; uninstall one of them")
+    return extra[name][0].load()
+
+
+def _parser() -> argparse.ArgumentParser:
+    commands = {**BUILT_IN, **{name: found[0].summary for name, found in installed(COMMANDS).items()}}
+    width = max(map(len, commands))
+    listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in commands.items())
+    parser = argparse.ArgumentParser(
+        prog="trainkit",
+        usage="trainkit COMMAND ...",
+        description=f"Train image models, and say exactly what produced a number.\n\ncommands:\n{listing}",
+        epilog=EXAMPLES + "\n`trainkit COMMAND --help` explains each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version")
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    return parser
+
+
+def _report(caught: BaseException, message: str, code: int, show_traceback: bool) -> int:
+    if show_traceback:
+        traceback.print_exception(caught)
+    error(message)
+    return code

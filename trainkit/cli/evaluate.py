@@ -1,0 +1,47 @@
+"""``trainkit evaluate``: evaluate a run's checkpoint on the test split."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trainkit.cli.output import number, print_json, table
+
+HELP = "Evaluate a run's checkpoint on the test split."
+EXAMPLES = """\
+examples:
+  trainkit evaluate runs/quickstart/20260101-120000-0
+  trainkit evaluate runs/quickstart/20260101-120000-0 --checkpoint last plugins.cifar10.root=elsewhere
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the directory of a run")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace one value of its recipe")
+    parser.add_argument("--checkpoint", default="best", choices=["best", "last"], help="which weights (default: best)")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build the run's recipe again, load its weights, evaluate."""
+    from rich.console import Console
+
+    from trainkit.recipe import load_recipe
+    from trainkit.run import build
+    from trainkit.rundir import RunDir
+    from trainkit.trainer import evaluate
+
+    run_dir = RunDir(args.run_dir)
+    recipe = load_recipe(run_dir.recipe_path(), args.overrides)
+    state = run_dir.load_state(args.checkpoint)
+    console = Console(stderr=args.json)
+    built = build(recipe, console=console)
+    built.load_state_dict(state)
+    metrics = evaluate(built)
+    if args.json:
+        print_json({"checkpoint": args.checkpoint, "epoch": built.epoch, **metrics})
+        return 0
+    rows = [(name, number(recipe.expect.get(name)), number(value)) for name, value in metrics.items()]
+    console.print(table(["", "expected", f"{args.checkpoint}, epoch {built.epoch}"], rows, right=["expected"]))
+    return 0

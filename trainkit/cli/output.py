@@ -1,0 +1,58 @@
+"""What commands print: tables for people, JSON for programs, and nothing raw from a stranger's file."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+__all__ = ["error", "number", "print_json", "printable", "table"]
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: object) -> str:
+    """Return text without control characters: names from recipes, data and metadata may carry terminal escapes."""
+    return _CONTROL.sub(lambda m: f"\\x{ord(m.group()):02x}", str(text))
+
+
+def error(message: str) -> None:
+    """Print one paragraph to the standard error stream."""
+    label = "\x1b[31merror:\x1b[0m" if sys.stderr.isatty() else "error:"
+    print(f"{label} {printable(message)}", file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document to the standard output."""
+    print(json.dumps(value, indent=2, default=str))
+
+
+def number(value: float | None) -> str:
+    """Return a number as people read it: ``3,116,378``, ``93.83``, ``0.0123``; a dash for None."""
+    if value is None:
+        return "-"
+    if float(value).is_integer():
+        return f"{int(value):,}"
+    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> Any:
+    """Return a rich table of plain text.
+
+    Args:
+        columns: headings.
+        rows: cells; every one is printed as plain text.
+        right: headings of the columns that are aligned to the right.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(printable(cell)) for cell in row))
+    return made

@@ -1,0 +1,108 @@
+"""``trainkit plugins``: list and show installed plugins."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from trainkit.cli.output import print_json, printable, table
+from trainkit.errors import PluginError, did_you_mean
+from trainkit.registry import Installed, installed
+
+HELP = "List and show installed plugins."
+EXAMPLES = """\
+examples:
+  trainkit plugins list
+  trainkit plugins show se
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="what is installed, from metadata alone")
+    show = actions.add_parser("show", help="one plugin: its options, hooks and constraints")
+    show.add_argument("name", metavar="NAME")
+    for action in (listing, show):
+        action.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """List, or show one."""
+    if args.action == "list":
+        return _list(args.json)
+    return _show(args.name, args.json)
+
+
+def _list(as_json: bool) -> int:
+    found = [record for records in installed().values() for record in records]
+    if as_json:
+        print_json([_facts(record) for record in found])
+        return 0
+    from rich.console import Console
+
+    Console().print(table(["plugin", "version", "summary"], [(r.name, r.version, r.summary) for r in found]))
+    return 0
+
+
+def _facts(record: Installed) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "distribution": record.distribution,
+        "version": record.version,
+        "source": record.source,
+        "summary": record.summary,
+    }
+
+
+def _show(name: str, as_json: bool) -> int:
+    have = installed()
+    if name not in have:
+        near = did_you_mean(name, have) or "; `trainkit plugins list` shows what is installed"
+        raise PluginError(f"no plugin {name!r} is installed{near}")
+    record = have[name][0]
+    facts = {**_facts(record), **_describe(record.load())}
+    if as_json:
+        print_json(facts)
+        return 0
+    from rich.console import Console
+
+    console = Console()
+    for line in (f"{record.name} {record.version}, from {record.distribution} ({record.source})", facts["doc"], ""):
+        console.print(printable(line), markup=False, highlight=False)
+    if facts["options"]:
+        rows = [(o["name"], o["type"], o["default"]) for o in facts["options"]]
+        console.print(table(["option", "type", "default"], rows))
+    for key in ("hooks", "after", "before", "conflicts", "claims"):
+        if facts[key]:
+            console.print(f"{key}: {printable(', '.join(facts[key]))}", markup=False, highlight=False)
+    return 0
+
+
+def _describe(cls: Any) -> dict[str, Any]:
+    import inspect
+
+    import attrs
+
+    hooks = [name for name, value in inspect.getmembers(cls) if hasattr(value, "trainkit_impl")]
+    options = [
+        {"name": f.alias, "type": _type_name(f.type), "default": _default(f.default)}
+        for f in attrs.fields(cls)
+        if f.init
+    ]
+    constraints = {key: list(getattr(cls, key, ())) for key in ("after", "before", "conflicts", "claims")}
+    return {"doc": inspect.getdoc(cls) or "", "options": options, "hooks": hooks, **constraints}
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+def _default(value: Any) -> str:
+    import attrs
+
+    if value is attrs.NOTHING:
+        return "required"
+    if isinstance(value, attrs.Factory):  # type: ignore[arg-type]
+        return repr(value.factory()) if not value.takes_self else "computed"
+    return repr(value)

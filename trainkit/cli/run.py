@@ -1,0 +1,146 @@
+"""``trainkit run``: train what a recipe describes."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from trainkit.cli.output import number, print_json, printable, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trainkit.activation import Hooks, Instrument
+    from trainkit.recipe import Recipe
+    from trainkit.trainer import Result
+
+HELP = "Train what a recipe describes."
+EXAMPLES = """\
+examples:
+  trainkit run recipes/quickstart.yaml
+  trainkit run recipes/basic_se.yaml epochs=5 plugins.cifar10.root=data plugins.se=false
+  trainkit run recipes/dense_shared.yaml --dry-run
+"""
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("recipe", help="a recipe file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace one value of the recipe")
+    parser.add_argument("--run-dir", metavar="D", help="write here, in place of runs/<recipe>/<time>-<seed>")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same as seed=N")
+    parser.add_argument("--dry-run", action="store_true", help="check all, take two steps, leave nothing behind")
+    parser.add_argument("--profile", action="store_true", help="print the time of each plugin in each hook")
+    parser.add_argument("--trace-hooks", action="store_true", help="print every hook call")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and print what was expected beside what was reached."""
+    from rich.console import Console
+
+    from trainkit.recipe import load_recipe
+
+    overrides = [*args.overrides, *([f"seed={args.seed}"] if args.seed is not None else [])]
+    recipe = load_recipe(args.recipe, overrides)
+    console = Console(stderr=args.json)
+    profile: dict[tuple[str, str], float] = {}
+    instrument = _instrument(args, profile, console)
+    if args.dry_run:
+        return _dry_run(recipe, console, instrument, args.json)
+
+    from trainkit.run import build
+    from trainkit.trainer import fit
+
+    result = fit(build(recipe, console=console, instrument=instrument), args.run_dir)
+    if args.profile:
+        console.print(_profile_table(profile))
+    return report(result, console, as_json=args.json)
+
+
+def report(result: Result, console: Console, *, as_json: bool) -> int:
+    """Print the end of a run and return its exit code."""
+    if as_json:
+        print_json({**result.to_dict(), "run_dir": str(result.path)})
+    else:
+        console.print(_result_table(result))
+        speed = f", {number(result.images_per_second)} images/s" if result.images_per_second else ""
+        console.print(f"{result.status} in {result.seconds['total']:.1f} s{speed}", highlight=False)
+        assert result.path is not None
+        pictures = sorted(p for p in (result.path / "figures").glob("*.png"))
+        for path in [result.path, *pictures]:
+            console.print(printable(path), markup=False, highlight=False, soft_wrap=True)
+    if result.status == "stopped":
+        console.print(f"stopped: {printable(result.reason)}", markup=False, highlight=False)
+    return EXIT_CODES.get(result.reason or "", 0)
+
+
+def _result_table(result: Result) -> Any:
+    reached = {"parameters": result.parameters, **result.final}
+    names = [*result.expected, *(name for name in reached if name not in result.expected)]
+    rows = []
+    for name in names:
+        best = result.best.get(name)
+        rows.append(
+            (
+                name,
+                number(result.expected.get(name)),
+                number(reached.get(name)),
+                f"{number(best['value'])} (epoch {best['epoch']:.0f})" if best else "",
+            )
+        )
+    return table(["", "expected", "reached", "best"], rows, right=["expected", "reached", "best"])
+
+
+def _dry_run(recipe: Recipe, console: Console, instrument: Instrument | None, as_json: bool) -> int:
+    import attrs
+
+    from trainkit.run import build
+    from trainkit.trainer import fit
+
+    trial = build(attrs.evolve(recipe, max_steps=2), console=console, instrument=instrument)
+    with tempfile.TemporaryDirectory() as folder:
+        result = fit(trial, folder, test_batches=1)
+    order = hook_order(trial.hooks)
+    if as_json:
+        print_json({"hooks": order, "parameters": result.parameters, "steps": result.steps})
+        return 0
+    console.print(table(["hook", "kind", "plugins, in call order"], [(h, k, ", ".join(p)) for h, k, p in order]))
+    images = ", ".join(f"{len(b.split):,} {split}" for split, b in trial.batches.items())
+    console.print(
+        f"dry run passed on {trial.device}: {images} images, {number(result.parameters)} parameters, "
+        f"{result.steps} steps and one test batch taken, nothing written",
+        highlight=False,
+    )
+    return 0
+
+
+def hook_order(hooks: Hooks) -> list[tuple[str, str, list[str]]]:
+    """Return each hook that someone implements, its kind, and who is called, in order."""
+    names = [(name, [i.active.name for i in hooks.implementations(name)]) for name in hooks.names()]
+    return [(name, hooks.kind(name), plugins) for name, plugins in names if plugins]
+
+
+def _instrument(args: argparse.Namespace, seconds: dict[tuple[str, str], float], console: Console) -> Instrument | None:
+    def wrap(call: Callable[..., Any], plugin: str, hook: str) -> Callable[..., Any]:
+        def instrumented(*values: Any) -> Any:
+            if args.trace_hooks:
+                console.print(f"{hook} {plugin}", markup=False, highlight=False)
+            start = perf_counter()
+            try:
+                return call(*values)
+            finally:
+                seconds[plugin, hook] = seconds.get((plugin, hook), 0.0) + perf_counter() - start
+
+        return instrumented
+
+    return wrap if args.profile or args.trace_hooks else None
+
+
+def _profile_table(seconds: dict[tuple[str, str], float]) -> Any:
+    rows = [(plugin, hook, f"{s:.3f}") for (plugin, hook), s in sorted(seconds.items(), key=lambda item: -item[1])]
+    return table(["plugin", "hook", "seconds"], rows, right=["seconds"])
