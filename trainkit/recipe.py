@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import yaml
@@ -121,7 +121,12 @@ def from_dict(tree: Mapping[str, Any], path: Path | None = None) -> Recipe:
     tree["plugins"] = kept
     if isinstance(tree.get("expect"), Mapping):  # `expect.parameters=null` withdraws what a base recipe expects
         tree["expect"] = {k: v for k, v in tree["expect"].items() if v is not None}
-    values = _checked(where, "", Recipe, tree, resolve=True)
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except (OmegaConfBaseException, ValueError, RecursionError) as error:
+        key = getattr(error, "full_key", None)
+        raise RecipeError(f"{where}: {key + ': ' if key else ''}{str(error).splitlines()[0]}") from error
+    values = _checked(where, "", Recipe, cast(dict[str, Any], resolved))
     recipe: Recipe = _construct(where, "", Recipe, {**values, "path": path})
     return recipe
 
@@ -136,7 +141,7 @@ def make_options(recipe: Recipe, name: str, cls: type) -> Any:
     return _construct(recipe.where, prefix, cls, _checked(recipe.where, prefix, cls, recipe.plugins[name]))
 
 
-def _checked(where: str, prefix: str, cls: type, given: Mapping[str, Any], *, resolve: bool = False) -> dict[str, Any]:
+def _checked(where: str, prefix: str, cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """Hold values against the types of a class's fields and convert them (``1`` to ``1.0``, a list to a tuple)."""
     try:
         attrs.resolve_types(cls)
@@ -151,15 +156,18 @@ def _checked(where: str, prefix: str, cls: type, given: Mapping[str, Any], *, re
     for key, option in options.items():
         if key not in given and option.default is attrs.NOTHING:
             raise RecipeError(f"{where}: {prefix}{key}: missing; the recipe must give it")
-    schema = attrs.make_class("Options", {k: attrs.field(type=f.type) for k, f in options.items() if k in given})
+    return {str(key): _convert(f"{where}: {prefix}{key}", options[key].type, value) for key, value in given.items()}
+
+
+def _convert(place: str, annotation: Any, value: Any) -> Any:
+    """Return a value as the type that omegaconf makes of it, as a structured configuration of this one field."""
+    schema = attrs.make_class("Options", {"value": attrs.field(type=annotation)})
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), dict(given))
-        values = OmegaConf.to_container(merged, resolve=resolve, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        first = str(error).splitlines()[0]
-        raise RecipeError(f"{where}: {prefix}{error.full_key or ''}: {first}") from error
-    assert isinstance(values, dict)
-    return {str(k): v for k, v in values.items()}
+        config = OmegaConf.merge(OmegaConf.structured(schema), {"value": value})
+        return OmegaConf.to_container(config, throw_on_missing=True)["value"]  # type: ignore[call-overload,index]
+    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+        inner = str(getattr(error, "full_key", None) or "").removeprefix("value")
+        raise RecipeError(f"{place}{inner}: {str(error).splitlines()[0]}") from error
 
 
 def _construct(where: str, prefix: str, cls: type, values: Mapping[str, Any]) -> Any:

@@ -1,0 +1,130 @@
+"""Lookahead."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from attrs import field
+from attrs.validators import and_, ge, gt, le
+from torch import Tensor
+from torch.optim import Optimizer
+
+from trainkit.errors import RecipeError
+from trainkit.plugin import hookimpl, plugin
+
+__all__ = ["Lookahead", "LookaheadOptimizer"]
+
+Sync = Literal["every_k", "first_step"]
+
+
+@plugin
+class Lookahead:
+    """Lookahead: every k steps, slow weights follow the fast ones, which restart there (Zhang et al., NeurIPS 2019).
+
+    Args:
+        k: fast steps between two synchronisations; at least 1.
+        alpha: how far the slow weights move towards the fast ones; greater than 0, at most 1.
+        sync: ``every_k`` synchronises after steps k, 2k, 3k, ..., and the slow weights begin as the weights before the
+            first step (Algorithm 1 of the paper); ``first_step`` synchronises after steps 1, k+1, 2k+1, ..., and they
+            begin as the weights after the first step (what widespread implementations do).
+    """
+
+    k: int = field(default=5, validator=ge(1))
+    alpha: float = field(default=0.5, validator=and_(gt(0), le(1)))
+    sync: Sync = "every_k"
+
+    @hookimpl
+    def transform_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Wrap the optimizer, which takes the fast steps."""
+        return LookaheadOptimizer(optimizer, k=self.k, alpha=self.alpha, sync=self.sync)
+
+
+class LookaheadOptimizer(Optimizer):
+    """An optimizer around another one, whose parameter groups and state it shares.
+
+    Args:
+        base: takes the fast steps.
+        k: see :class:`Lookahead`, as are the others.
+        alpha: step size of the slow weights.
+        sync: when to synchronise.
+    """
+
+    def __init__(self, base: Optimizer, *, k: int, alpha: float, sync: Sync) -> None:
+        super().__init__(base.param_groups, base.defaults)
+        self.base = base
+        self.k = k
+        self.alpha = alpha
+        self.sync = sync
+        self.steps = 0
+        self.slow: list[Tensor] = []
+        self._share()
+
+    def _share(self) -> None:
+        # the same objects: a learning rate set here, or a group added, is the base optimizer's as well
+        self.param_groups = self.base.param_groups
+        self.state = self.base.state
+
+    def _fast(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take a fast step and, when it is due, synchronise.
+
+        Args:
+            closure: computes the loss again, where the base optimizer needs it.
+
+        Returns:
+            What the base optimizer returns.
+        """
+        if self.sync == "every_k":
+            self._begin()
+        loss = self.base.step(closure)
+        self.steps += 1
+        if self.steps % self.k == (0 if self.sync == "every_k" else 1 % self.k):
+            self._begin()
+            self._synchronise()
+        return loss
+
+    def _begin(self) -> None:
+        """Start the slow weights of parameters that have none yet: all at first, later those of an added group."""
+        self.slow += [p.clone() for p in self._fast()[len(self.slow) :]]
+
+    def _synchronise(self) -> None:
+        """Compute ``slow += (fast - slow) * alpha; fast = slow``: Algorithm 1.
+
+        The fast weights are overwritten in the end, so they serve as the scratch memory. Each operation rounds as it
+        would for one parameter at a time; a fused one (lerp, or add with alpha) would round once less.
+        """
+        fast = self._fast()
+        torch._foreach_sub_(fast, self.slow)
+        torch._foreach_mul_(fast, self.alpha)
+        torch._foreach_add_(self.slow, fast)
+        torch._foreach_copy_(fast, self.slow)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base optimizer's state, and beside it the number of steps and the slow weights."""
+        return {**self.base.state_dict(), "lookahead": {"steps": self.steps, "slow": list(self.slow)}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned.
+
+        Raises:
+            RecipeError: the state was saved without Lookahead, or of another model.
+        """
+        own = state_dict.get("lookahead")
+        if own is None:
+            raise RecipeError(
+                "the saved optimizer state has no slow weights: it was saved without lookahead; continue with the "
+                "recipe that it was saved with"
+            )
+        fast = self._fast()
+        if [s.shape for s in own["slow"]] != [p.shape for p in fast[: len(own["slow"])]]:
+            raise RecipeError(
+                "the saved slow weights do not fit the model; continue with the recipe they were saved with"
+            )
+        self.base.load_state_dict(state_dict)
+        self._share()
+        self.steps = own["steps"]
+        # in the parameters' own memory layout, which keeps the multi-tensor operations on their fast path
+        self.slow = [torch.empty_like(p).copy_(s) for p, s in zip(fast, own["slow"], strict=False)]

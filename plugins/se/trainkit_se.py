@@ -1,0 +1,124 @@
+"""Squeeze-and-excitation."""
+
+import copy
+from collections import OrderedDict
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from attrs import field
+from attrs.validators import ge, min_len
+from torch import Tensor, nn
+
+from trainkit import Run
+from trainkit.errors import RecipeError
+from trainkit.plugin import hookimpl, plugin
+
+__all__ = ["SE", "SqueezeExcitation"]
+
+
+@plugin
+class SE:
+    """Recalibrate feature maps with squeeze-and-excitation (Hu et al., CVPR 2018).
+
+    Each matched module is replaced by ``nn.Sequential`` of ``module`` (the original) and ``se``
+    (a :class:`SqueezeExcitation` of as many channels as the original gives). It works on any network.
+
+    Args:
+        after: module paths to match, such as ``stages.*.*.bn2``: shell patterns, component by component, so that
+            ``*`` stands for one component of a path.
+        reduction: the excitation's inner layer has ``channels // reduction`` values; at least 1.
+        bias: whether the excitation's two layers have a bias.
+    """
+
+    after: list[str] = field(validator=min_len(1))
+    reduction: int = field(default=16, validator=ge(1))
+    bias: bool = False
+
+    @hookimpl
+    def transform_model(self, run: Run, model: nn.Module) -> nn.Module:
+        """Insert the modules.
+
+        Raises:
+            RecipeError: a pattern matches nothing, or something after which there is no place for
+                squeeze-and-excitation.
+        """
+        modules = {path: module for path, module in model.named_modules() if path}
+        matched = {path: None for pattern in self.after for path in _matches(pattern, list(modules))}
+        channels = _channels(model, list(matched), run)
+        for path in reversed(matched):  # inner modules first, so that the paths of outer ones stay true
+            if channels[path] < self.reduction:
+                raise RecipeError(
+                    f"'reduction' {self.reduction} leaves nothing of the {channels[path]} channels of {path!r}; "
+                    "lower it"
+                )
+            se = SqueezeExcitation(channels[path], channels[path] // self.reduction, bias=self.bias)
+            model.set_submodule(path, nn.Sequential(OrderedDict(module=modules[path], se=se)))
+        return model
+
+
+class SqueezeExcitation(nn.Module):
+    """Scale each channel by a gate in (0, 1) computed from the means of all channels (Hu et al., eq. 2 to 4).
+
+    ``x * sigmoid(fc2(relu(fc1(mean(x)))))``. Two linear layers on the means [N, C] compute the same as two 1x1
+    convolutions on [N, C, 1, 1]; they differ in the shape of their weights alone.
+
+    Args:
+        channels: channels C of the feature maps.
+        squeeze_channels: values between the two layers.
+        bias: whether the two layers have a bias.
+    """
+
+    def __init__(self, channels: int, squeeze_channels: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, squeeze_channels, bias=bias)
+        self.fc2 = nn.Linear(squeeze_channels, channels, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, C, H, W] to [N, C, H, W]."""
+        gate = torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean((2, 3))))))
+        return x * gate[:, :, None, None]
+
+
+def _matches(pattern: str, paths: list[str]) -> list[str]:
+    """Return the module paths that match a pattern, component by component.
+
+    Raises:
+        RecipeError: none does.
+    """
+    parts = pattern.split(".")
+    found = [p for p in paths if len(p.split(".")) == len(parts) and all(map(fnmatchcase, p.split("."), parts))]
+    if not found:
+        near = ", ".join(repr(p) for p in get_close_matches(pattern, paths, n=5, cutoff=0.3))
+        raise RecipeError(f"'after': {pattern!r} matches no module of the network; modules with similar paths: {near}")
+    return found
+
+
+def _channels(model: nn.Module, paths: list[str], run: Run) -> dict[str, int]:
+    """Return how many channels the modules give, as seen in one forward pass of a blank image.
+
+    The pass runs through a copy in evaluation mode with torch's generator put back afterwards, so that neither the
+    statistics of batch normalization nor later random numbers change.
+    """
+    seen: dict[str, list[tuple[int, ...]]] = {path: [] for path in paths}
+    trial = copy.deepcopy(model).eval()
+    for path in paths:
+        trial.get_submodule(path).register_forward_hook(partial(_record, seen[path]))
+    size = run.data.shape[1:]
+    for _, step in run.transforms["train"].steps:
+        size = step.out_size(size)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        trial(torch.zeros(1, run.data.shape[0], *size))
+    for path, shapes in seen.items():
+        if len(shapes) != 1 or len(shapes[0]) != 4:
+            raise RecipeError(
+                f"'after': squeeze-and-excitation follows a module that gives feature maps [N, C, H, W] once in a "
+                f"forward pass; {path!r} gave {' and '.join(map(str, shapes)) or 'nothing'}"
+            )
+    return {path: shape[1] for path, (shape,) in seen.items()}
+
+
+def _record(shapes: list[tuple[int, ...]], module: nn.Module, inputs: Any, output: Any) -> None:
+    shapes.append(tuple(getattr(output, "shape", ())))

@@ -1,0 +1,96 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainkit.data import Batches, Data, TensorSplit, fingerprint, order
+from trainkit.errors import DataError
+
+CPU = torch.device("cpu")
+
+
+class Decoded:
+    """A map-style split that is not in memory; image i holds the value i."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        return torch.full((3, 2, 2), index, dtype=torch.uint8), index % 10
+
+
+def in_memory(n):
+    pairs = [Decoded(n)[i] for i in range(n)]
+    return TensorSplit(torch.stack([p[0] for p in pairs]), torch.tensor([p[1] for p in pairs]))
+
+
+def collected(batches):
+    return [(batch.images.tolist(), batch.targets.tolist()) for batch in batches]
+
+
+@given(st.integers(1, 40), st.integers(1, 15), st.data())
+def test_batches_from_any_position_are_the_rest_of_all_batches(n, batch_size, data):
+    batches = Batches(in_memory(n), batch_size, CPU)
+    indices = order(0, 0, n)
+    everything = collected(batches.iterate(indices))
+    assert len(everything) == len(batches)
+    assert sum(len(targets) for _, targets in everything) == n
+    start = data.draw(st.integers(0, len(batches)))
+    assert collected(batches.iterate(indices, start)) == everything[start:]
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 30), st.integers(1, 12), st.booleans(), st.integers(0, 3))
+def test_decoded_splits_give_the_batches_of_those_in_memory(n, batch_size, shuffled, start):
+    indices = order(1, 2, n) if shuffled else None
+    memory, decoded = Batches(in_memory(n), batch_size, CPU), Batches(Decoded(n), batch_size, CPU)
+    start = min(start, len(memory))
+    assert collected(decoded.iterate(indices, start)) == collected(memory.iterate(indices, start))
+
+
+def test_workers_outlive_an_epoch_and_keep_the_order():
+    batches = Batches(Decoded(23), 5, CPU, workers=2)
+    for epoch in range(2):
+        indices = order(0, epoch, 23)
+        assert [t for b in batches.iterate(indices) for t in b.images[:, 0, 0, 0].tolist()] == indices.tolist()
+
+
+@given(st.integers(0, 1000), st.integers(0, 1000), st.integers(1, 200))
+def test_order_is_a_permutation_and_a_function_of_seed_and_epoch(seed, epoch, n):
+    assert sorted(order(seed, epoch, n).tolist()) == list(range(n))
+    assert torch.equal(order(seed, epoch, n), order(seed, epoch, n))
+    if n > 30:
+        assert not torch.equal(order(seed, epoch, n), order(seed, epoch + 1, n))
+
+
+def test_fingerprint_sees_every_pixel_and_target():
+    split = in_memory(4)
+    images, targets = split.images.clone(), split.targets.clone()
+    images[3, 2, 1, 1] += 1
+    targets[0] += 1
+    others = [TensorSplit(images, split.targets), TensorSplit(split.images, targets)]
+    assert len({fingerprint(s) for s in [split, *others]}) == 3
+    assert fingerprint(split) == fingerprint(in_memory(4))
+    assert fingerprint(Decoded(7)) == "7 images"
+
+
+@pytest.mark.parametrize(
+    ("images", "targets", "said"),
+    [
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), r"uint8 \[N, C, H, W\], not float32"),
+        (torch.zeros(2, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), r"not uint8 \[2, 4, 4\]"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), r"int64 \[2\]"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2), r"not float32"),
+    ],
+)
+def test_tensors_of_the_wrong_form_are_refused(images, targets, said):
+    with pytest.raises(DataError, match=said):
+        TensorSplit(images, targets)
+
+
+def test_an_empty_split_is_refused():
+    with pytest.raises(DataError, match="test split has no images"):
+        Data(train=in_memory(2), test=Decoded(0), classes=("a",), shape=(3, 2, 2))
