@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from trainkit.activation import Hooks, Instrument, activate
 from trainkit.data import Batch, Batches, Data
-from trainkit.errors import PluginError, RecipeError
+from trainkit.errors import CheckpointError, PluginError, RecipeError
 from trainkit.recipe import Recipe
 from trainkit.rng import stream, torch_seed
 from trainkit.transforms import Pipeline, Transform
@@ -66,6 +66,9 @@ class Run:
     batch: Batch | None = None  #: the current batch, after all transforms
     history: list[dict[str, float]] = field(factory=list)  #: the metrics of each completed epoch
     seconds: dict[str, float] = field(factory=dict)  #: wall time by part
+    images: int = 0  #: training images seen
+    provenance: dict[str, Any] = field(factory=dict)  #: plugins, environment and data, as in the run directory
+    resumed: list[dict[str, Any]] = field(factory=list)  #: where the run was continued, and what was changed then
     stop_reason: str | None = None  #: why the run is about to stop at the next safe point
     pending: list[dict[str, Any]] = field(factory=list)  #: records not yet copied to the host
     _console: Console | None = field(default=None, alias="console")
@@ -144,10 +147,25 @@ class Run:
             },
             "position": {"epoch": self.epoch, "step": self.step, "batch_index": self.batch_index},
             "history": self.history,
+            "random": torch.get_rng_state(),
+            "cost": {"images": self.images, "seconds": dict(self.seconds)},
+            "recipe": self.recipe.to_dict(),
+            "provenance": self.provenance,
+            "resumed": self.resumed,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned, on a run that was built from the same recipe."""
+        """Continue from what :meth:`state_dict` returned, on a run that was built from the same recipe.
+
+        Raises:
+            CheckpointError: the state is of another model, optimizer or set of plugins.
+        """
+        try:
+            self._load(state)
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"the checkpoint does not fit the recipe: {str(error).splitlines()[0]}") from error
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
@@ -159,6 +177,10 @@ class Run:
         self.step = state["position"]["step"]
         self.batch_index = state["position"]["batch_index"]
         self.history = [dict(row) for row in state["history"]]
+        self.images = state["cost"]["images"]
+        self.seconds = dict(state["cost"]["seconds"])
+        self.resumed = list(state["resumed"])
+        torch.set_rng_state(state["random"])
 
 
 class _Nested(AbstractContextManager[None]):

@@ -22,7 +22,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
@@ -35,6 +36,9 @@ from trainkit.errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from trainkit.activation import Active
     from trainkit.recipe import Recipe
+
+if sys.platform != "win32":
+    import fcntl
 
 __all__ = ["RunDir", "atomic_write", "environment", "lock", "pack_state"]
 
@@ -112,6 +116,25 @@ class RunDir:
     def write_json(self, name: str, value: Any) -> Path:
         """Write a JSON file, atomically."""
         return self.write(name, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for this process alone; the lock of a process that died is gone with it.
+
+        Raises:
+            UsageError: another process writes to it.
+        """
+        if sys.platform == "win32":  # no advisory locks on folders there
+            yield
+            return
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise UsageError(f"{self.path}: another process is writing to this run directory") from error
+        finally:
+            os.close(handle)
 
     def recipe_path(self) -> Path:
         """Return the resolved recipe of the run.

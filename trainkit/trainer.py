@@ -24,7 +24,7 @@ from trainkit.rng import stream, torch_seed
 from trainkit.run import Run, best_of, count_parameters, to_host
 from trainkit.rundir import RunDir, environment, lock
 
-__all__ = ["Result", "Trainer", "evaluate", "fit"]
+__all__ = ["Result", "Trainer", "evaluate", "fit", "provenance"]
 
 FLUSH_EVERY = 50  # records that wait on the device before they are copied to the host together
 
@@ -44,6 +44,7 @@ class Result:
         expected: what the recipe says it should reach.
         seconds: wall time by part.
         images_per_second: training images over the time of training alone.
+        resumed: where the run was continued, and what was changed then.
         path: the run directory, as given; not part of ``result.json``.
     """
 
@@ -57,6 +58,7 @@ class Result:
     expected: dict[str, int | float]
     seconds: dict[str, float]
     images_per_second: float | None
+    resumed: list[dict[str, Any]] = attrs.field(factory=list)
     path: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,7 +87,6 @@ class Trainer:
         self.log = hooks.notify("log")
         self.step_schedulers = [s.scheduler for s in run.schedules if s.unit == "step"]
         self.epoch_schedulers = [s.scheduler for s in run.schedules if s.unit == "epoch"]
-        self.images = 0
         self._clock = perf_counter()
 
     def lap(self, part: str) -> None:
@@ -143,7 +144,7 @@ class Trainer:
             self.lap("plugins")
         complete = self.backward(run, loss) is not False if self.backward else _backward(loss)
         self.lap("backward")
-        self.images += len(batch)
+        run.images += len(batch)
         run.batch_index += 1
         if not complete:
             return False
@@ -262,11 +263,15 @@ def fit(run: Run, run_dir: str | Path | None = None, *, test_batches: int | None
         TrainkitError: the run directory cannot be made, or the run fails.
     """
     run.dir = run.dir or RunDir.create(run.recipe, Path(run_dir) if run_dir is not None else None)
-    run.dir.write("recipe.yaml", run.recipe.to_yaml())
-    run.dir.write_json("plugins.lock.json", lock(run.hooks.plugins, run.recipe))
-    data = {name: {"images": len(split), "fingerprint": fingerprint(split)} for name, split in _splits(run)}
-    run.dir.write_json("environment.json", {**environment(), "device": str(run.device), "data": data})
+    with run.dir.locked():
+        return _fit(run, run.dir, test_batches)
 
+
+def _fit(run: Run, run_dir: RunDir, test_batches: int | None) -> Result:
+    run.provenance = provenance(run)
+    run_dir.write("recipe.yaml", run.recipe.to_yaml())
+    run_dir.write_json("plugins.lock.json", run.provenance["plugins"])
+    run_dir.write_json("environment.json", run.provenance["environment"])
     run.hooks.failure = RunError
     trainer = Trainer(run, test_batches)
     error: BaseException | None = None
@@ -284,7 +289,7 @@ def fit(run: Run, run_dir: str | Path | None = None, *, test_batches: int | None
                 _fit_end(run, error)
     finally:
         result = _result(run, trainer, error, perf_counter() - start)
-        run.dir.write_json("result.json", result.to_dict())
+        run_dir.write_json("result.json", result.to_dict())
     return result
 
 
@@ -294,8 +299,16 @@ def evaluate(run: Run, *, test_batches: int | None = None) -> dict[str, float]:
     return metrics
 
 
-def _splits(run: Run) -> list[tuple[str, Any]]:
-    return [("train", run.batches["train"].split), ("test", run.batches["test"].split)]
+def provenance(run: Run) -> dict[str, Any]:
+    """Return what produces the run's numbers: its plugins, the environment, and the data's fingerprints."""
+    data = {
+        name: {"images": len(batches.split), "fingerprint": fingerprint(batches.split)}
+        for name, batches in run.batches.items()
+    }
+    return {
+        "plugins": lock(run.hooks.plugins, run.recipe),
+        "environment": {**environment(), "device": str(run.device), "data": data},
+    }
 
 
 def _fit_end(run: Run, error: BaseException | None) -> None:
@@ -325,7 +338,8 @@ def _result(run: Run, trainer: Trainer, error: BaseException | None, total: floa
         best=best_of(run.history),
         expected=dict(run.recipe.expect),
         seconds={k: round(v, 3) for k, v in seconds.items()},
-        images_per_second=round(trainer.images / busy, 1) if busy else None,
+        images_per_second=round(run.images / busy, 1) if busy else None,
+        resumed=run.resumed,
         path=run.dir.path if run.dir else None,
     )
 

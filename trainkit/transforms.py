@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Draws", "Gather", "Map", "Params", "Pipeline", "Size", "Transform"]
+__all__ = ["Draws", "Gather", "Map", "Params", "Pipeline", "Size", "Transform", "gather", "to_float"]
 
 #: Height and width in pixels.
 Size = tuple[int, int]
@@ -23,7 +24,7 @@ Draws = dict[str, NDArray[np.generic]]
 #: The same on the device.
 Params = Mapping[str, Tensor]
 
-CHUNK = 512  # images transformed at a time: bounds the memory of index and value tensors, whatever the batch size
+CHUNK = 2**19  # pixels transformed at a time, 512 images of 32x32: bounds memory, whatever the batch size
 
 
 class Transform:
@@ -60,13 +61,14 @@ class Gather(Transform, ABC):
 
         Args:
             params: what ``draw`` gave, on the device, one row an image.
-            y: int64 rows of output pixels, broadcastable with `x` to [N, H, W]; any integer may occur.
-            x: int64 columns of output pixels.
+            y: int32 rows of output pixels, broadcastable with `x` to [N, H, W]; any integer may occur, and what comes
+                of those outside of the output is ignored. Not to be changed in place.
+            x: int32 columns of output pixels.
             size: height and width of the input images.
 
         Returns:
-            int64 rows and columns in the input, broadcastable to [N, H, W]; outside of the image means black. Keep
-            separable results separable ([N, H, 1] and [N, 1, W]): it saves work.
+            Rows and columns in the input, of any integer type, broadcastable to [N, H, W]; outside of the image means
+            black. Keep separable results separable ([N, H, 1] and [N, 1, W]): it saves work.
         """
 
 
@@ -80,7 +82,8 @@ class Map(Transform, ABC):
         """Transform a batch.
 
         Args:
-            images: [N, C, H, W], uint8 or what the transforms before this one return; it may be changed in place.
+            images: [N, C, H, W], uint8 or what the transforms before this one return; not to be changed in place,
+                because it may be the data set itself.
             params: what ``draw`` gave, on the device, one row an image.
 
         Returns:
@@ -100,25 +103,40 @@ class Pipeline:
 
     def __call__(self, images: Tensor, stream: Callable[[str], np.random.Generator]) -> Tensor:
         """Transform a batch; parameters are drawn for the whole batch, so chunks do not change them."""
-        params = self.draw(len(images), (images.shape[2], images.shape[3]), stream, images.device)
-        if len(images) <= CHUNK:
+        size = (images.shape[2], images.shape[3])
+        params = self.draw(len(images), size, stream, images.device)
+        chunk = max(1, CHUNK // max(height * width for height, width in self.sizes(size)))
+        if len(images) <= chunk:
             return self.apply(images, params)
         return torch.cat(
             [
-                self.apply(images[i : i + CHUNK], [{k: v[i : i + CHUNK] for k, v in p.items()} for p in params])
-                for i in range(0, len(images), CHUNK)
+                self.apply(images[i : i + chunk], [{k: v[i : i + chunk] for k, v in p.items()} for p in params])
+                for i in range(0, len(images), chunk)
             ]
         )
+
+    def sizes(self, size: Size) -> list[Size]:
+        """Return the size of the images before each transform and after the last one.
+
+        Args:
+            size: height and width of the images that arrive.
+
+        Raises:
+            TrainkitError: a transform cannot take images of the size that would reach it.
+        """
+        sizes = [size]
+        for _, step in self.steps:
+            sizes.append(step.out_size(sizes[-1]))
+        return sizes
 
     def draw(
         self, n: int, size: Size, stream: Callable[[str], np.random.Generator], device: torch.device
     ) -> list[Params]:
         """Draw the parameters of every transform for `n` images of this size."""
         params: list[Params] = []
-        for name, step in self.steps:
-            draws = step.draw(stream(name), n, size)
+        for (name, step), arriving in zip(self.steps, self.sizes(size)[:-1], strict=True):
+            draws = step.draw(stream(name), n, arriving)
             params.append({k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in draws.items()})
-            size = step.out_size(size)
         return params
 
     def apply(self, images: Tensor, params: Sequence[Params]) -> Tensor:
@@ -132,8 +150,15 @@ class Pipeline:
             gathers = []
             assert isinstance(step, Map)
             images = step.apply(images, given)
-        images = gather(images, gathers)
-        return images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images
+        return to_float(gather(images, gathers))
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Return uint8 images as new float32 ones in [0, 1], as torchvision's ``ToTensor`` does, and others as they are."""
+    if images.dtype != torch.uint8:
+        return images
+    # Not `div_(255)`: on a GPU that multiplies by a rounded 1 / 255, which can differ in the last bit.
+    return images.to(torch.float32).div_(torch.full((1,), 255.0, device=images.device))
 
 
 def gather(images: Tensor, steps: Sequence[tuple[Gather, Params]]) -> Tensor:
@@ -150,15 +175,26 @@ def gather(images: Tensor, steps: Sequence[tuple[Gather, Params]]) -> Tensor:
     for step, _ in steps:
         sizes.append(step.out_size(sizes[-1]))
     out_height, out_width = sizes.pop()
-    y = torch.arange(out_height, device=images.device).view(1, -1, 1)
-    x = torch.arange(out_width, device=images.device).view(1, 1, -1)
-    inside: Tensor | None = None
-    for (step, params), size in zip(reversed(steps), reversed(sizes), strict=True):
-        y, x = step.source(params, y, x, size)
-        here = ((y >= 0) & (y < size[0])) & ((x >= 0) & (x < size[1]))
-        inside = here if inside is None else inside & here
-    assert inside is not None
-    index = (y * width + x).clamp_(0, height * width - 1).expand(n, out_height, out_width)
-    flat = images.reshape(n, channels, height * width)
-    picked = flat.gather(2, index.reshape(n, 1, -1).expand(n, channels, -1)).view(n, channels, out_height, out_width)
-    return picked.mul_(inside.view(-1, 1, out_height, out_width))
+    # Half the memory of int64, and a third of the time. An index counts the pixels of one image, so it fits.
+    y = torch.arange(out_height, dtype=torch.int32, device=images.device).view(1, -1, 1)
+    x = torch.arange(out_width, dtype=torch.int32, device=images.device).view(1, 1, -1)
+    visible: Tensor | None = None
+    for number in reversed(range(len(steps))):
+        step, params = steps[number]
+        y, x = step.source(params, y, x, sizes[number])
+        if (
+            number > 0
+        ):  # what lies outside of an image between two gathers is black, and no gather before it brings it back
+            inside = _within(y, sizes[number][0]) & _within(x, sizes[number][1])
+            visible = inside if visible is None else visible & inside
+    # A black frame around the images takes the place of a test for each pixel; index 0 is its corner.
+    index = torch.add(x.clamp(-1, width) + (width + 3), y.clamp(-1, height), alpha=width + 2)
+    if visible is not None:
+        index = index * visible
+    index = index.to(torch.int64).expand(n, out_height, out_width).reshape(n, 1, -1).expand(n, channels, -1)
+    framed = F.pad(images, (1, 1, 1, 1)).reshape(n, channels, -1)
+    return framed.gather(2, index).view(n, channels, out_height, out_width)
+
+
+def _within(position: Tensor, length: int) -> Tensor:
+    return (position >= 0) & (position < length)

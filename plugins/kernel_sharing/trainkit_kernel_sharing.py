@@ -66,7 +66,7 @@ def _share(path: str, within: nn.Module) -> list[str]:
             conv.weight = first.weight
         height, width = first.kernel_size
         lines.append(
-            f"{path}: {1 + len(others)} convolutions {first.in_channels}→{first.out_channels} {height}×{width} "
+            f"{path}: {1 + len(others)} convolutions {first.in_channels}->{first.out_channels} {height}x{width} "
             f"share one kernel ({sum(kernel.numel() for kernel in own):,} fewer parameters)"
         )
     return lines

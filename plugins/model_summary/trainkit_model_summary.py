@@ -17,6 +17,8 @@ from trainkit.plugin import hookimpl, plugin
 
 __all__ = ["ModelSummary", "Part", "Summary", "render", "summarize"]
 
+_NO_LAYERS = (nn.Sequential, nn.ModuleList, nn.Identity)
+
 
 @attrs.frozen(kw_only=True)
 class Part:
@@ -24,19 +26,19 @@ class Part:
 
     Args:
         path: its module path; empty for what belongs to the network itself and to none of its parts.
-        layers: its class; for a ``Sequential``, how many modules of which classes it contains.
+        layers: its class; for a ``Sequential``, how many modules of which classes it holds.
         output: shape of its output for one image, without the batch dimension; empty where that is not one tensor.
         kernels: distinct kernel sizes of the convolutions and pooling in it, in order of appearance.
         channels: distinct output channels of the convolutions in it, in order of appearance.
-        parameters: number of values in its parameters, without those that an earlier part shares and has counted.
+        parameters: number of values in its parameters, without those shared with an earlier part.
         flops: operations of a forward and backward pass of one image.
     """
 
     path: str
     layers: dict[str, int]
     output: tuple[int, ...] = ()
-    kernels: tuple[tuple[int, ...], ...] = ()
-    channels: tuple[int, ...] = ()
+    kernels: list[tuple[int, ...]] = []
+    channels: list[int] = []
     parameters: int
     flops: int
 
@@ -55,7 +57,7 @@ class Summary:
             FlopCounterMode counts them: convolutions, matrix products and attention.
     """
 
-    parts: tuple[Part, ...]
+    parts: list[Part]
     layers: dict[str, int]
     parameters: int
     trainable: int
@@ -102,29 +104,28 @@ def summarize(model: nn.Module, shape: tuple[int, int, int]) -> Summary:
     with FlopCounterMode(display=False) as counter:
         trial(torch.zeros(1, *shape, device="meta")).sum().backward()
 
-    rows: list[Part] = []
-    left = set(model.parameters())
-    for (path, module), (_, traced) in zip(_parts(model), _parts(trial), strict=True):
-        inside, own = list(module.modules()), left & set(module.parameters())
-        left -= own
-        row = Part(
+    parts: list[Part] = []
+    left, flops = set(model.parameters()), counter.get_total_flops()
+    for path, module in _parts(model):
+        own, inside = left & set(module.parameters()), list(module.modules())
+        kernels = [m.kernel_size for m in inside if hasattr(m, "kernel_size")]
+        part = Part(
             path=path,
             layers=_contents(module),
-            output=outputs.get(traced, ()),
-            kernels=tuple(dict.fromkeys(_pair(m.kernel_size) for m in inside if hasattr(m, "kernel_size"))),
-            channels=tuple(dict.fromkeys(m.out_channels for m in inside if isinstance(m, nn.Conv2d))),
+            output=outputs.get(trial.get_submodule(path), ()),
+            kernels=list(dict.fromkeys(k if isinstance(k, tuple) else (k, k) for k in kernels)),
+            channels=list(dict.fromkeys(m.out_channels for m in inside if isinstance(m, nn.Conv2d))),
             parameters=_count(own),
             flops=sum(counter.get_flop_counts().get(f"{type(trial).__name__}.{path}", {}).values()),
         )
-        rows.append(row)
-    flops = counter.get_total_flops() - sum(row.flops for row in rows)
+        parts.append(part)
+        left, flops = left - own, flops - part.flops
     if left or flops:
-        rows.append(Part(path="", layers={type(model).__name__: 1}, parameters=_count(left), flops=flops))
-    _, *below = model.modules()
+        parts.append(Part(path="", layers=_contents(model), parameters=_count(left), flops=flops))
     total = _count(model.parameters())
     return Summary(
-        parts=tuple(rows),
-        layers=Counter(type(m).__name__ for m in below if type(m) not in (*_CONTAINERS, nn.Identity)),
+        parts=parts,
+        layers=Counter(type(m).__name__ for m in list(model.modules())[1:] if not isinstance(m, _NO_LAYERS)),
         parameters=total,
         trainable=_count(p for p in model.parameters() if p.requires_grad),
         shared=_count(p for _, p in model.named_parameters(remove_duplicate=False)) - total,
@@ -133,47 +134,51 @@ def summarize(model: nn.Module, shape: tuple[int, int, int]) -> Summary:
 
 
 def render(summary: Summary, title: str) -> Table:
-    """Lay a summary out as a table for 100 columns, with totals below."""
-    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE)
-    for name in ("module", "layers", "output", "kernels", "channels", "parameters", "GFLOP"):
-        table.add_column(name, justify="right" if name in ("parameters", "GFLOP") else "left")
+    """Lay a summary out as a table for 100 columns, with totals and all layers below it."""
+    total, gflop = f"{summary.parameters:,}", f"{summary.flops / 1e9:,.2f}"
+    table = Table("module", "layers", "output", "kernels", "channels", title=title, box=box.SIMPLE, show_footer=True)
+    table.add_column("parameters", total, justify="right")
+    table.add_column("GFLOP", gflop, justify="right")
     for part in summary.parts:
         table.add_row(
             part.path,
-            ", ".join(f"{count} {name}" if count > 1 else name for name, count in part.layers.items()),
-            "x".join(map(str, part.output)),
-            ", ".join("x".join(map(str, size)) for size in part.kernels),
-            "-".join(map(str, part.channels)),
+            _listed(part.layers),
+            _times(part.output),
+            ", ".join(map(_times, part.kernels)),
+            ", ".join(map(str, part.channels)),
             f"{part.parameters:,}" if part.parameters else "",
             f"{part.flops / 1e9:,.2f}" if part.flops else "",
         )
-    ...
+    trainable = "all trainable" if summary.trainable == summary.parameters else f"{summary.trainable:,} trainable"
+    saved = f", {summary.shared:,} saved by sharing" if summary.shared else ""
+    table.caption = f"{total} parameters, {trainable}{saved}; {gflop} GFLOP forward and backward an image\n{_listed(summary.layers)}"
+    table.title_justify = table.caption_justify = "left"
     return table
 
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+def _listed(layers: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" if count > 1 else name for name, count in layers.items())
 
 
 def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_children():
         children = list(module.children())
-        only_containers = all(isinstance(child, nn.Sequential) for child in children)
-        # lists are never called: their members are
-        if type(module) in _CONTAINERS[1:] or (type(module) is nn.Sequential and children and only_containers):
+        # a ModuleList is never called itself
+        if isinstance(module, nn.ModuleList) or (children and all(type(child) is nn.Sequential for child in children)):
             yield from _parts(module, f"{prefix}{name}.")
         else:
             yield prefix + name, module
 
 
 def _contents(module: nn.Module) -> Counter[str]:
-    if type(module) is nn.Sequential:
+    if isinstance(module, nn.Sequential):
         return sum(map(_contents, module.children()), Counter())
     return Counter([type(module).__name__])
 
 
+def _times(sizes: Iterable[int]) -> str:
+    return "x".join(map(str, sizes))
+
+
 def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
-
-
-def _pair(size: Any) -> tuple[int, ...]:
-    return size if isinstance(size, tuple) else (size, size)

@@ -1,10 +1,10 @@
 """Residual networks for small images."""
 
 from collections import OrderedDict
-from typing import Any, Literal
+from typing import Literal
 
 from attrs import Attribute, field
-from attrs.validators import and_, deep_iterable, ge, gt, in_, lt, min_len, optional
+from attrs.validators import and_, deep_iterable, ge, in_, lt, min_len
 from torch import Tensor, nn
 
 from trainkit import Run
@@ -12,10 +12,8 @@ from trainkit.plugin import hookimpl, plugin
 
 __all__ = ["BasicBlock", "ResNet"]
 
-_counts = and_(min_len(1), deep_iterable(ge(1)))
 
-
-def _odd(instance: Any, attribute: Attribute[Any], value: list[int]) -> None:
+def _odd(plugin: object, attribute: "Attribute[list[int]]", value: list[int]) -> None:
     if any(size < 1 or size % 2 == 0 for size in value):
         raise ValueError(f"{attribute.name!r} must be odd, so that padding keeps the image size, not {value}")
 
@@ -34,7 +32,7 @@ class ResNet:
         channels: output channels of each stage.
         kernel_sizes: kernel size of the convolutions of each stage, odd; one value stands for all stages.
         shortcut_kernel_sizes: kernel size of each stage's shortcut convolution, odd; one value stands for all stages.
-        strides: stride of each stage's first block; by default 1 in the first stage and 2 in the others.
+        strides: stride of each stage's first block; when empty, 1 in the first stage and 2 in the others.
         dropout: probability of dropping a value between a block's two convolutions, in [0, 1).
         init: ``pytorch`` leaves the weights as PyTorch initializes them; ``kaiming_normal`` draws the weights of all
             convolutions with ``nn.init.kaiming_normal_(weight)``: mean 0, variance 2 / fan_in. Batch normalization
@@ -42,42 +40,50 @@ class ResNet:
     """
 
     stem: int = field(default=64, validator=ge(1))
-    blocks: list[int] = field(factory=lambda: [2, 2, 2, 2], validator=_counts)
-    channels: list[int] = field(factory=lambda: [64, 128, 256, 512], validator=_counts)
+    blocks: list[int] = field(factory=lambda: [2, 2, 2, 2], validator=[min_len(1), deep_iterable(ge(1))])
+    channels: list[int] = field(factory=lambda: [64, 128, 256, 512], validator=deep_iterable(ge(1)))
     kernel_sizes: list[int] = field(factory=lambda: [3], validator=_odd)
     shortcut_kernel_sizes: list[int] = field(factory=lambda: [1], validator=_odd)
-    strides: list[int] | None = field(default=None, validator=optional(deep_iterable(ge(1))))
+    strides: list[int] = field(factory=list, validator=deep_iterable(ge(1)))
     dropout: float = field(default=0.0, validator=and_(ge(0), lt(1)))
     init: Literal["pytorch", "kaiming_normal"] = field(default="pytorch", validator=in_(("pytorch", "kaiming_normal")))
 
     def __attrs_post_init__(self) -> None:
-        for name in ("channels", "kernel_sizes", "shortcut_kernel_sizes", "strides"):
-            values = getattr(self, name)
-            one_for_all = name.endswith("kernel_sizes") and len(values) == 1
-            if values is not None and len(values) != len(self.blocks) and not one_for_all:
-                raise ValueError(f"{name!r} has {len(values)} values for the {len(self.blocks)} stages of blocks")
+        stages = len(self.blocks)
+        for name, lengths in {
+            "channels": (stages,),
+            "kernel_sizes": (1, stages),
+            "shortcut_kernel_sizes": (1, stages),
+            "strides": (0, stages),
+        }.items():
+            if (found := len(getattr(self, name))) not in lengths:
+                raise ValueError(f"{name!r} has {found} values for {stages} stages; 'blocks' has one value a stage")
 
     @hookimpl
     def model(self, run: Run) -> nn.Module:
         """Build the network for the data's channels and classes."""
-        stages = zip(
+        stages = nn.Sequential()
+        in_channels = self.stem
+        for blocks, channels, stride, kernel_size, shortcut_kernel_size in zip(
             self.blocks,
-            [self.stem, *self.channels[:-1]],
             self.channels,
             self.strides or [1] + [2] * (len(self.blocks) - 1),
             self._for_each_stage(self.kernel_sizes),
             self._for_each_stage(self.shortcut_kernel_sizes),
             strict=True,
+        ):
+            stage = nn.Sequential()
+            for block_stride in [stride] + [1] * (blocks - 1):
+                stage.append(
+                    BasicBlock(in_channels, channels, block_stride, kernel_size, shortcut_kernel_size, self.dropout)
+                )
+                in_channels = channels
+            stages.append(stage)
+        stem = _sequential(
+            conv=_conv(run.data.shape[0], self.stem, 3), bn=nn.BatchNorm2d(self.stem), relu=nn.ReLU(inplace=True)
         )
-        model = _sequential(
-            stem=_sequential(
-                conv=_conv(run.data.shape[0], self.stem, 3), bn=nn.BatchNorm2d(self.stem), relu=nn.ReLU(inplace=True)
-            ),
-            stages=nn.Sequential(*(_stage(*options, dropout=self.dropout) for options in stages)),
-            avgpool=nn.AdaptiveAvgPool2d(1),
-            flatten=nn.Flatten(),
-            fc=nn.Linear(self.channels[-1], len(run.data.classes)),
-        )
+        fc = nn.Linear(in_channels, len(run.data.classes))
+        model = _sequential(stem=stem, stages=stages, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=fc)
         if self.init == "kaiming_normal":
             for module in model.modules():
                 if isinstance(module, nn.Conv2d):
@@ -107,11 +113,10 @@ class BasicBlock(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        *,
-        stride: int = 1,
-        kernel_size: int = 3,
-        shortcut_kernel_size: int = 1,
-        dropout: float = 0.0,
+        stride: int,
+        kernel_size: int,
+        shortcut_kernel_size: int,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.conv1 = _conv(in_channels, out_channels, kernel_size, stride)
@@ -133,15 +138,6 @@ class BasicBlock(nn.Module):
         out = self.bn2(self.conv2(self.dropout(out)))
         result: Tensor = self.relu2(out + self.shortcut(x))
         return result
-
-
-def _stage(
-    blocks: int, in_channels: int, out_channels: int, stride: int, kernel: int, shortcut: int, dropout: float
-) -> nn.Sequential:
-    """Return the blocks of a stage; the first one changes the channels and the size."""
-    kinds: dict[str, Any] = {"kernel_size": kernel, "shortcut_kernel_size": shortcut, "dropout": dropout}
-    first = BasicBlock(in_channels, out_channels, stride=stride, **kinds)
-    return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, **kinds) for _ in range(blocks - 1)))
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:

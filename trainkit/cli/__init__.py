@@ -22,6 +22,7 @@ __all__ = ["main"]
 
 BUILT_IN = {
     "run": "train what a recipe describes",
+    "resume": "continue a run from its last checkpoint, exactly",
     "evaluate": "evaluate a run's checkpoint on the test split",
     "plugins": "list and show installed plugins",
     "recipes": "list and show recipes",

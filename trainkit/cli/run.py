@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import tempfile
 from collections.abc import Callable
 from time import perf_counter
@@ -75,7 +76,15 @@ def report(result: Result, console: Console, *, as_json: bool) -> int:
         for path in [result.path, *pictures]:
             console.print(printable(path), markup=False, highlight=False, soft_wrap=True)
     if result.status == "stopped":
-        console.print(f"stopped: {printable(result.reason)}", markup=False, highlight=False)
+        assert result.path is not None
+        saved = (result.path / "checkpoints" / "last.pt").exists()
+        cure = f"trainkit resume {shlex.quote(str(result.path))}" if saved else "nothing saved: list `checkpoint`"
+        console.print(
+            f"stopped by {printable(result.reason)}; continue with: {cure}" if saved else cure,
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     return EXIT_CODES.get(result.reason or "", 0)
 
 

@@ -92,7 +92,9 @@ class Watch:
     @hookimpl
     def forward_end(self, run, batch, output, loss):
         each = torch.nn.functional.cross_entropy(output, batch.targets, reduction="none").double()
-        self.rows.append((run.epoch, run.split, each.detach().sum(), (output.argmax(1) == batch.targets).sum(), len(batch)))
+        self.rows.append(
+            (run.epoch, run.split, each.detach().sum(), (output.argmax(1) == batch.targets).sum(), len(batch))
+        )
         if run.split == "train":
             self.batch_losses.append(float(loss.detach()))
 

@@ -53,7 +53,7 @@ class ChannelsLast:
     weight_decay=st.floats(0, 0.1),
     nesterov=st.booleans(),
 )
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_trains_as_torchs_plain_loop(lr, momentum, dampening, weight_decay, nesterov):
     nesterov = nesterov and momentum > 0
     options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
