@@ -113,10 +113,11 @@ def missing_hint(recipe: Recipe, missing: list[str], have: dict[str, list[Instal
     if known:
         parts.append("install with: pip install " + " ".join(known.values()))
     unknown = [name for name in missing if name not in known]
-    for name in unknown:
+    if unknown:
         parts.append(
-            f"plugins.{name}: nothing by that name is installed, in this checkout or in the recipe's `requires`"
-            + (did_you_mean(name, have) or "; add the requirement that provides it to `requires`")
+            _plural("plugin", unknown) + " not to be found in this checkout's plugins/ or the recipe's `requires`; "
+            "correct the name, or add the requirement that provides it to `requires`"
+            + "".join(f"; plugins.{name}{near}" for name in unknown if (near := did_you_mean(name, have)))
         )
     return "; ".join(parts)
 

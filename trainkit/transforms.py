@@ -108,12 +108,14 @@ class Pipeline:
         chunk = max(1, CHUNK // max(height * width for height, width in self.sizes(size)))
         if len(images) <= chunk:
             return self.apply(images, params)
-        return torch.cat(
-            [
-                self.apply(images[i : i + chunk], [{k: v[i : i + chunk] for k, v in p.items()} for p in params])
-                for i in range(0, len(images), chunk)
-            ]
-        )
+        done: Tensor | None = None
+        for i in range(0, len(images), chunk):
+            part = self.apply(images[i : i + chunk], [{k: v[i : i + chunk] for k, v in p.items()} for p in params])
+            if done is None:
+                done = part.new_empty(len(images), *part.shape[1:])
+            done[i : i + chunk] = part
+        assert done is not None
+        return done
 
     def sizes(self, size: Size) -> list[Size]:
         """Return the size of the images before each transform and after the last one.
@@ -178,19 +180,18 @@ def gather(images: Tensor, steps: Sequence[tuple[Gather, Params]]) -> Tensor:
     # Half the memory of int64, and a third of the time. An index counts the pixels of one image, so it fits.
     y = torch.arange(out_height, dtype=torch.int32, device=images.device).view(1, -1, 1)
     x = torch.arange(out_width, dtype=torch.int32, device=images.device).view(1, 1, -1)
-    visible: Tensor | None = None
+    rows, columns = torch.ones_like(y), torch.ones_like(x)  # 1 where no gather but the first meets its image's border
     for number in reversed(range(len(steps))):
         step, params = steps[number]
         y, x = step.source(params, y, x, sizes[number])
         if (
             number > 0
-        ):  # what lies outside of an image between two gathers is black, and no gather before it brings it back
-            inside = _within(y, sizes[number][0]) & _within(x, sizes[number][1])
-            visible = inside if visible is None else visible & inside
+        ):  # outside of an image between two gathers it is black, wherever the earlier one would take it from
+            rows, columns = rows * _within(y, sizes[number][0]), columns * _within(x, sizes[number][1])
     # A black frame around the images takes the place of a test for each pixel; index 0 is its corner.
-    index = torch.add(x.clamp(-1, width) + (width + 3), y.clamp(-1, height), alpha=width + 2)
-    if visible is not None:
-        index = index * visible
+    index = torch.add(x.clamp(-1, width).add_(width + 3), y.clamp(-1, height), alpha=width + 2)
+    if len(steps) > 1:
+        index = index * rows * columns
     index = index.to(torch.int64).expand(n, out_height, out_width).reshape(n, 1, -1).expand(n, channels, -1)
     framed = F.pad(images, (1, 1, 1, 1)).reshape(n, channels, -1)
     return framed.gather(2, index).view(n, channels, out_height, out_width)

@@ -16,7 +16,6 @@ from trainkit.errors import RecipeError
 from trainkit.plugin import hookimpl, plugin
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["Figures"]
@@ -24,7 +23,8 @@ __all__ = ["Figures"]
 #: Rows with an epoch each, as in ``run.history``.
 Rows = list[dict[str, float]]
 
-COLOURS = {"train": "#0072B2", "test": "#D55E00"}  # told apart by the colour-blind, too (Okabe and Ito)
+# told apart by the colour-blind, too (Okabe and Ito): of the run, of what was published
+COLOURS = {"train": ("#0072B2", "#56B4E9"), "test": ("#D55E00", "#E69F00")}
 STYLE: dict[str, Any] = {
     "font.size": 15,
     "axes.titlesize": 19,
@@ -32,7 +32,9 @@ STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": "#e4e4e4",
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "figure.constrained_layout.w_pad": 0.15,
+    "figure.constrained_layout.h_pad": 0.15,
     "lines.linewidth": 2,
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "trainkit",  # the same numbers give the same file
@@ -66,8 +68,9 @@ class Figures:
 
     @hookimpl
     def epoch_end(self, run: Run) -> None:
-        """Draw, if it is time to."""
-        if self.every and (run.epoch + 1) % self.every == 0:
+        """Draw, if it is time to; the last epoch is drawn at the end."""
+        done = run.epoch + 1
+        if self.every and done % self.every == 0 and done < run.epochs:
             self._draw(run)
 
     @hookimpl
@@ -82,53 +85,56 @@ class Figures:
 
         assert run.dir is not None
         with matplotlib.style.context(["default", STYLE]):
-            for metric, title, unit in (("loss", "Train vs Test Loss", ""), ("accuracy", "Model Accuracy", " (%)")):
-                if not any(f"{split}_{metric}" in row for row in run.history for split in COLOURS):
+            for metric, title in (("loss", "Train vs Test Loss"), ("accuracy", "Model Accuracy")):
+                if not any(_points(run.history, split, metric) for split in COLOURS):
                     continue
-                figure = self._figure(run, metric, title, unit)
+                figure = self._figure(run, metric, title)
                 for kind, metadata in (("png", {}), ("svg", {"Date": None})):
                     data = io.BytesIO()
                     figure.savefig(data, format=kind, metadata=metadata)
                     run.dir.write(f"figures/{metric}.{kind}", data.getvalue())
 
-    def _figure(self, run: Run, metric: str, title: str, unit: str) -> Figure:
+    def _figure(self, run: Run, metric: str, title: str) -> Figure:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
         figure = Figure(figsize=(12, 7), dpi=100, layout="constrained")
         axes = figure.add_subplot()
         published = [row for row in self._published if row["epoch"] <= run.epochs]
-        for split, colour in COLOURS.items():
-            _curve(axes, published, split, metric, colour, published=True)
-            _curve(axes, run.history, split, metric, colour)
+        for split, (colour, _) in COLOURS.items():
+            if points := _points(run.history, split, metric):
+                marker = "o" if len(points) <= 30 else None
+                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, label=split)
+        if points := _points(run.history, "test", metric):
+            best = _best(points, metric)
+            label = f"best test {best[1]:.4g} (epoch {best[0]:g})"
+            axes.plot(
+                *best, "*", color=COLOURS["test"][0], markersize=18, markeredgecolor="white", zorder=4, label=label
+            )
+        for split, (_, colour) in COLOURS.items():
+            if points := _points(published, split, metric):
+                label = f"published {split}" + (f", best {_best(points, metric)[1]:.4g}" if split == "test" else "")
+                axes.plot(*zip(*points, strict=True), "--", color=colour, linewidth=1.5, zorder=3, label=label)
         if (expected := run.recipe.expect.get(f"test_{metric}")) is not None:
-            axes.axhline(expected, color="#555555", linewidth=1, label=f"expected test {expected:g}")
+            axes.axhline(expected, color="#555555", linewidth=1, label=f"expected {expected:g}")
         axes.set_title(f"{title}: {run.recipe.name}", loc="left", pad=14)
         axes.set_xlabel("epoch")
-        axes.set_ylabel(metric + unit)
+        axes.set_ylabel("accuracy (%)" if metric == "accuracy" else metric)
         last = max(row["epoch"] for row in [*run.history, *published])
-        axes.set_xlim(1 - 0.02 * last, last * 1.02)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(loc="upper right" if metric == "loss" else "lower right")  # where such curves leave room
+        margin = max(0.5, 0.02 * last)
+        axes.set_xlim(1 - margin, last + margin)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.legend(loc="best")
         return figure
 
 
-def _curve(axes: Axes, rows: Rows, split: str, metric: str, colour: str, *, published: bool = False) -> None:
-    key = f"{split}_{metric}"
-    points = [(row["epoch"], row[key]) for row in rows if key in row]
-    finite = [point for point in points if math.isfinite(point[1])]
-    if not finite:
-        return
-    choose = min if metric == "loss" else max
-    epoch, best = choose(finite, key=lambda point: point[1])
-    label = f"{'published ' if published else ''}{split}, best {best:.4g} at epoch {epoch:g}"
-    if published:
-        axes.plot(*zip(*points, strict=True), color=colour, label=label, linestyle="--", linewidth=1.3, alpha=0.6)
-        return
-    few = len(points) <= 30
-    axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="o" if few else None, markersize=5)
-    if split == "test":
-        axes.plot(epoch, best, marker="*", color=colour, markersize=17, markeredgecolor="white", zorder=3)
+def _points(rows: Rows, split: str, metric: str) -> list[tuple[float, float]]:
+    points = [(row["epoch"], row.get(f"{split}_{metric}", math.nan)) for row in rows]
+    return [point for point in points if math.isfinite(point[1])]
+
+
+def _best(points: list[tuple[float, float]], metric: str) -> tuple[float, float]:
+    return (min if metric == "loss" else max)(points, key=lambda point: point[1])
 
 
 def _read(path: Path) -> Rows:
@@ -151,5 +157,7 @@ def _read(path: Path) -> Rows:
                     raise RecipeError(f"published: {path}, line {table.line_num}: not a row of numbers") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise RecipeError(f"published: {path}: cannot be read: {reason}; give a CSV file, or drop the option") from error
+        raise RecipeError(
+            f"published: {path}: cannot be read: {reason}; give a CSV file, or drop the option"
+        ) from error
     return rows

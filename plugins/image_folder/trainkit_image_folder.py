@@ -1,18 +1,15 @@
 """Data sets that are kept as one folder a class."""
 
-import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 
-import attrs
 import torch
-from attrs import field
+from attrs import field, frozen
 from attrs.validators import ge
 from PIL import Image
-from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS  # type: ignore[import-untyped]
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize  # type: ignore[import-untyped]
 
@@ -25,50 +22,49 @@ __all__ = ["FolderSplit", "ImageFolder"]
 _IN_MEMORY = 1 << 30  # bytes of decoded images
 
 
-@attrs.frozen(eq=False)
+@frozen(eq=False)
 class FolderSplit:
     """Images that are decoded when they are asked for.
 
     Args:
-        paths: the files.
-        targets: their classes, counted from 0.
+        samples: the files and their classes, counted from 0.
         size: see :class:`ImageFolder`.
         digest: identifies the files (names, sizes, times of change), the classes and the size.
     """
 
-    paths: list[str]
-    targets: list[int]
+    samples: list[tuple[str, int]]
     size: int | tuple[int, int]
     digest: str
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return an image, uint8 [3, H, W], and its class, or raise DataError: the file cannot be decoded."""
-        path = self.paths[index]
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """Return an image, uint8 [3, H, W], and its class.
+
+        Raises:
+            DataError: the file cannot be decoded.
+        """
+        path, target = self.samples[index]
         try:
             with Image.open(path) as image:
                 rgb = image.convert("RGB")
         except Exception as error:  # Pillow's decoders raise many kinds
             raise DataError(f"{path}: cannot be decoded: {error}; replace or remove it") from error
-        if isinstance(self.size, int):
-            rgb = center_crop(resize(rgb, [self.size]), [self.size])
-        else:
-            rgb = resize(rgb, list(self.size))
-        return pil_to_tensor(rgb), self.targets[index]
+        size = [self.size] if isinstance(self.size, int) else list(self.size)
+        return pil_to_tensor(center_crop(resize(rgb, size), size)), target  # two sizes: there is nothing left to crop
 
     def fingerprint(self) -> str:
         """Return the digest."""
         return self.digest
 
-    def decoded(self, threads: int) -> TensorSplit:
-        """Return the split with every image decoded; Pillow lets the threads run side by side."""
+    def decoded(self, workers: int) -> TensorSplit:
+        """Return the split with every image decoded, by threads: Pillow lets them run side by side."""
         images = torch.empty(len(self), *self[0][0].shape, dtype=torch.uint8)
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(max(workers, 1)) as pool:
             for i, (image, _) in enumerate(pool.map(self.__getitem__, range(len(self)))):
                 images[i] = image
-        return TensorSplit(images, torch.tensor(self.targets))
+        return TensorSplit(images, torch.tensor([target for _, target in self.samples]))
 
 
 def _positive(instance: object, attribute: object, value: int | tuple[int, int]) -> None:
@@ -81,8 +77,8 @@ class ImageFolder:
     """Any image data set that is kept as one folder a class.
 
     Expects ``<root>/<train>/<class>/`` and ``<root>/<test>/<class>/``; images may lie in folders below these, hidden
-    files and other files are passed over. The classes are the folders of the training split, sorted. Images become
-    RGB, resized as torchvision's ``Resize`` does with Pillow (bilinear), uint8 [3, H, W].
+    files and other files are passed over. The classes are the folders of the training split, sorted. Images become RGB,
+    resized as torchvision's ``Resize`` does with Pillow (bilinear), uint8 [3, H, W].
 
     Args:
         root: the folder; ``~`` is the home directory.
@@ -90,8 +86,7 @@ class ImageFolder:
         test: the folder of the test split in `root`; it may lack classes, but have no others.
         size: pixels. One number: the shorter side is resized to it and a square is cropped from the centre, as
             ImageNet is evaluated. Two: height and width, whatever the proportions were.
-        in_memory: decode everything at the start (true), or images as they are needed (false); when absent, at the
-            start if all images together take at most 1 GiB decoded.
+        in_memory: decode all at the start (true) or as needed (false); by default at the start if that takes up to 1 GiB.
         workers: processes that decode as needed, or threads that decode at the start; at least 0.
     """
 
@@ -112,27 +107,25 @@ class ImageFolder:
         classes = _folders(self.root / self.train)
         train, test = self._split(self.train, classes), self._split(self.test, classes)
         shape = (3, self.size, self.size) if isinstance(self.size, int) else (3, *self.size)
-        fits = (len(train) + len(test)) * math.prod(shape) <= _IN_MEMORY
+        fits = (len(train) + len(test)) * 3 * shape[1] * shape[2] <= _IN_MEMORY
         if fits if self.in_memory is None else self.in_memory:
-            threads = self.workers or 1
-            return Data(train=train.decoded(threads), test=test.decoded(threads), classes=classes, shape=shape)
+            held = [split.decoded(self.workers) for split in (train, test)]
+            return Data(train=held[0], test=held[1], classes=classes, shape=shape)
         return Data(train=train, test=test, classes=classes, shape=shape, workers=self.workers)
 
     def _split(self, name: str, classes: tuple[str, ...]) -> FolderSplit:
         folder = self.root / name
-        paths: list[str] = []
-        targets: list[int] = []
+        samples: list[tuple[str, int]] = []
         stats: list[object] = [classes, self.size]
         for label in _folders(folder):
             if label not in classes:
                 raise DataError(f"{folder / label}: a class that {self.root / self.train} lacks; rename or remove it")
-            files = list(_images(folder / label))
-            if not files:
+            if not (files := list(_images(folder / label))):
                 raise DataError(f"{folder / label}: no images ({', '.join(IMG_EXTENSIONS)}); add some or remove it")
-            paths += [file.path for file in files]
-            targets += [classes.index(label)] * len(files)
+            target = classes.index(label)
+            samples += [(file.path, target) for file in files]
             stats += [(f.path[len(str(folder)) :], f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        return FolderSplit(paths, targets, self.size, blake2b(repr(stats).encode(), digest_size=16).hexdigest())
+        return FolderSplit(samples, self.size, blake2b(repr(stats).encode(), digest_size=16).hexdigest())
 
 
 def _folders(folder: Path) -> tuple[str, ...]:

@@ -17,52 +17,30 @@ from trainkit.plugin import hookimpl, plugin
 
 __all__ = ["ModelSummary", "Part", "Summary", "render", "summarize"]
 
-_NO_LAYERS = (nn.Sequential, nn.ModuleList, nn.Identity)
-
 
 @attrs.frozen(kw_only=True)
 class Part:
-    """One part of a network.
+    """One part of a network."""
 
-    Args:
-        path: its module path; empty for what belongs to the network itself and to none of its parts.
-        layers: its class; for a ``Sequential``, how many modules of which classes it holds.
-        output: shape of its output for one image, without the batch dimension; empty where that is not one tensor.
-        kernels: distinct kernel sizes of the convolutions and pooling in it, in order of appearance.
-        channels: distinct output channels of the convolutions in it, in order of appearance.
-        parameters: number of values in its parameters, without those shared with an earlier part.
-        flops: operations of a forward and backward pass of one image.
-    """
-
-    path: str
-    layers: dict[str, int]
-    output: tuple[int, ...] = ()
-    kernels: list[tuple[int, ...]] = []
-    channels: list[int] = []
-    parameters: int
-    flops: int
+    path: str  #: its module path; empty for what belongs to the network itself and to none of its parts
+    layers: dict[str, int]  #: its class; of a ``Sequential`` how many modules of which classes it holds
+    output: tuple[int, ...] = ()  #: shape of its output for one image, without N; empty where that is not one tensor
+    kernels: tuple[tuple[int, ...], ...] = ()  #: distinct kernel sizes of its convolutions, in order of appearance
+    channels: tuple[int, ...] = ()  #: distinct output channels of its convolutions, ascending
+    parameters: int  #: number of trainable values, without those that it shares with an earlier part
+    flops: int  #: operations of a forward and backward pass of one image
 
 
 @attrs.frozen(kw_only=True)
 class Summary:
-    """A network.
+    """A network. Parameters are counted as everywhere in trainkit: values that are trained, shared ones once."""
 
-    Args:
-        parts: its parts, in the order in which they are registered.
-        layers: number of modules by class, without containers and identities.
-        parameters: number of values in its parameters, shared ones once.
-        trainable: how many of them are trained.
-        shared: how many more there would be if no parameter were shared.
-        flops: operations of a forward and backward pass of one image, two for each multiply-add, as torch's
-            FlopCounterMode counts them: convolutions, matrix products and attention.
-    """
-
-    parts: list[Part]
-    layers: dict[str, int]
-    parameters: int
-    trainable: int
-    shared: int
-    flops: int
+    shape: tuple[int, int, int]  #: channels, height and width of the images
+    parts: list[Part]  #: in the order in which they are registered
+    layers: dict[str, int]  #: number of modules by class, without containers and identities
+    parameters: int  #: number of trainable values
+    shared: int  #: how many more there would be if no parameter were shared
+    flops: int  #: operations of a forward and backward pass of one image, as torch's FlopCounterMode counts them
 
 
 @plugin
@@ -79,7 +57,7 @@ class ModelSummary:
 
 
 def summarize(model: nn.Module, shape: tuple[int, int, int]) -> Summary:
-    """Describe a network by its top-level modules, or by what is in them where they only hold other containers.
+    """Describe a network by its top-level modules; a module that only holds containers is replaced by these.
 
     Shapes and operations come from a pass of one image through a copy in evaluation mode on the meta device, where
     nothing is computed; the network itself is not touched.
@@ -98,66 +76,69 @@ def summarize(model: nn.Module, shape: tuple[int, int, int]) -> Summary:
     def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         outputs[module] = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
 
-    for _, part in _parts(trial):
-        part.register_forward_pre_hook(enter)
-        part.register_forward_hook(leave)
+    for _, traced in _parts(trial):
+        traced.register_forward_pre_hook(enter)
+        traced.register_forward_hook(leave)
     with FlopCounterMode(display=False) as counter:
         trial(torch.zeros(1, *shape, device="meta")).sum().backward()
+    counts, name = counter.get_flop_counts(), type(trial).__name__
 
     parts: list[Part] = []
-    left, flops = set(model.parameters()), counter.get_total_flops()
+    left, flops = {p for p in model.parameters() if p.requires_grad}, counter.get_total_flops()
     for path, module in _parts(model):
-        own, inside = left & set(module.parameters()), list(module.modules())
-        kernels = [m.kernel_size for m in inside if hasattr(m, "kernel_size")]
+        own = left & set(module.parameters())
+        convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
         part = Part(
             path=path,
             layers=_contents(module),
             output=outputs.get(trial.get_submodule(path), ()),
-            kernels=list(dict.fromkeys(k if isinstance(k, tuple) else (k, k) for k in kernels)),
-            channels=list(dict.fromkeys(m.out_channels for m in inside if isinstance(m, nn.Conv2d))),
-            parameters=_count(own),
-            flops=sum(counter.get_flop_counts().get(f"{type(trial).__name__}.{path}", {}).values()),
+            kernels=tuple(dict.fromkeys(conv.kernel_size for conv in convs)),
+            channels=tuple(sorted({conv.out_channels for conv in convs})),
+            parameters=sum(p.numel() for p in own),
+            flops=sum(counts.get(f"{name}.{path}", {}).values()),
         )
         parts.append(part)
         left, flops = left - own, flops - part.flops
     if left or flops:
-        parts.append(Part(path="", layers=_contents(model), parameters=_count(left), flops=flops))
+        parts.append(Part(path="", layers={name: 1}, parameters=sum(p.numel() for p in left), flops=flops))
+
     total = _count(model.parameters())
+    _, *below = model.modules()
     return Summary(
+        shape=shape,
         parts=parts,
-        layers=Counter(type(m).__name__ for m in list(model.modules())[1:] if not isinstance(m, _NO_LAYERS)),
+        layers=Counter(
+            type(m).__name__ for m in below if not isinstance(m, (nn.Sequential, nn.ModuleList, nn.Identity))
+        ),
         parameters=total,
-        trainable=_count(p for p in model.parameters() if p.requires_grad),
         shared=_count(p for _, p in model.named_parameters(remove_duplicate=False)) - total,
         flops=counter.get_total_flops(),
     )
 
 
 def render(summary: Summary, title: str) -> Table:
-    """Lay a summary out as a table for 100 columns, with totals and all layers below it."""
-    total, gflop = f"{summary.parameters:,}", f"{summary.flops / 1e9:,.2f}"
+    """Lay a summary out as a table for 100 columns."""
+    total = f"{summary.parameters:,}"
     table = Table("module", "layers", "output", "kernels", "channels", title=title, box=box.SIMPLE, show_footer=True)
     table.add_column("parameters", total, justify="right")
-    table.add_column("GFLOP", gflop, justify="right")
+    table.add_column("GFLOP", f"{summary.flops / 1e9:,.2f}", justify="right")
     for part in summary.parts:
         table.add_row(
             part.path,
             _listed(part.layers),
             _times(part.output),
             ", ".join(map(_times, part.kernels)),
-            ", ".join(map(str, part.channels)),
+            "-".join(map(str, part.channels[:1] + part.channels[1:][-1:])),
             f"{part.parameters:,}" if part.parameters else "",
             f"{part.flops / 1e9:,.2f}" if part.flops else "",
         )
-    trainable = "all trainable" if summary.trainable == summary.parameters else f"{summary.trainable:,} trainable"
-    saved = f", {summary.shared:,} saved by sharing" if summary.shared else ""
-    table.caption = f"{total} parameters, {trainable}{saved}; {gflop} GFLOP forward and backward an image\n{_listed(summary.layers)}"
+    shared = f", {summary.shared:,} fewer than without sharing" if summary.shared else ""
+    table.caption = (
+        f"{_listed(summary.layers)}\nGFLOP: forward and backward of one {_times(summary.shape)} image\n"
+        f"{total} trainable parameters{shared}"
+    )
     table.title_justify = table.caption_justify = "left"
     return table
-
-
-def _listed(layers: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" if count > 1 else name for name, count in layers.items())
 
 
 def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -176,9 +157,9 @@ def _contents(module: nn.Module) -> Counter[str]:
     return Counter([type(module).__name__])
 
 
+def _listed(layers: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" if count > 1 else name for name, count in layers.items())
+
+
 def _times(sizes: Iterable[int]) -> str:
     return "x".join(map(str, sizes))
-
-
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters)

@@ -50,13 +50,8 @@ class ResNet:
 
     def __attrs_post_init__(self) -> None:
         stages = len(self.blocks)
-        for name, lengths in {
-            "channels": (stages,),
-            "kernel_sizes": (1, stages),
-            "shortcut_kernel_sizes": (1, stages),
-            "strides": (0, stages),
-        }.items():
-            if (found := len(getattr(self, name))) not in lengths:
+        for name, also in {"channels": stages, "kernel_sizes": 1, "shortcut_kernel_sizes": 1, "strides": 0}.items():
+            if (found := len(getattr(self, name))) not in (stages, also):
                 raise ValueError(f"{name!r} has {found} values for {stages} stages; 'blocks' has one value a stage")
 
     @hookimpl
@@ -74,9 +69,15 @@ class ResNet:
         ):
             stage = nn.Sequential()
             for block_stride in [stride] + [1] * (blocks - 1):
-                stage.append(
-                    BasicBlock(in_channels, channels, block_stride, kernel_size, shortcut_kernel_size, self.dropout)
+                block = BasicBlock(
+                    in_channels,
+                    channels,
+                    stride=block_stride,
+                    kernel_size=kernel_size,
+                    shortcut_kernel_size=shortcut_kernel_size,
+                    dropout=self.dropout,
                 )
+                stage.append(block)
                 in_channels = channels
             stages.append(stage)
         stem = _sequential(
@@ -113,6 +114,7 @@ class BasicBlock(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
+        *,
         stride: int,
         kernel_size: int,
         shortcut_kernel_size: int,

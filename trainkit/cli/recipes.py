@@ -51,7 +51,12 @@ def run(args: argparse.Namespace) -> int:
         from rich.console import Console
 
         rows = [
-            (str(r.path), r.epochs, ", ".join(f"{k} {number(v)}" for k, v in r.expect.items()), r.description)
+            (
+                r.path.name if r.path else r.name,
+                r.epochs,
+                ", ".join(f"{k} {number(v)}" for k, v in r.expect.items()),
+                r.description,
+            )
             for r in recipes
         ]
         Console().print(table(["recipe", "epochs", "expects", "description"], rows, right=["epochs"]))
