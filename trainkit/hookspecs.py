@@ -280,7 +280,8 @@ class Step:
         """See or change gradients, once, between the last backward and the optimizer's step.
 
         Args:
-            run: the run; gradients are in ``run.model.parameters()``.
+            run: the run; gradients are in ``run.model.parameters()``. Change them in place: fused optimizers rely on
+                a gradient having the memory layout of its parameter.
         """
 
     @hookspec("one")

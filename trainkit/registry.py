@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import shlex
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,11 +99,11 @@ def source_of(recipe: Recipe, name: str) -> str | None:
         home = folder / "plugins" / name
         if re.fullmatch(r"\w+", name) and (home / "pyproject.toml").is_file():
             inside = home.is_relative_to(Path.cwd())
-            return f"-e ./{home.relative_to(Path.cwd())}" if inside else f"-e {home}"
+            return "-e " + shlex.quote(f"./{home.relative_to(Path.cwd())}" if inside else str(home))
     for requirement in recipe.requires:
         project = re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
         if project.endswith(f"trainkit-{name.replace('_', '-')}"):
-            return f"'{requirement}'"
+            return shlex.quote(requirement)
     return None
 
 

@@ -24,7 +24,9 @@ Draws = dict[str, NDArray[np.generic]]
 #: The same on the device.
 Params = Mapping[str, Tensor]
 
-CHUNK = 2**19  # pixels transformed at a time, 512 images of 32x32: bounds memory, whatever the batch size
+# Pixels transformed at a time, which bounds memory, whatever the batch size: on a processor few enough to stay in its
+# cache (256 images of 32x32), on a GPU enough to keep it busy.
+CPU_CHUNK, GPU_CHUNK = 2**18, 2**22
 
 
 class Transform:
@@ -103,18 +105,16 @@ class Pipeline:
 
     def __call__(self, images: Tensor, stream: Callable[[str], np.random.Generator]) -> Tensor:
         """Transform a batch; parameters are drawn for the whole batch, so chunks do not change them."""
-        size = (images.shape[2], images.shape[3])
-        params = self.draw(len(images), size, stream, images.device)
-        chunk = max(1, CHUNK // max(height * width for height, width in self.sizes(size)))
-        if len(images) <= chunk:
+        n, channels, height, width = images.shape
+        params = self.draw(n, (height, width), stream, images.device)
+        sizes = self.sizes((height, width))
+        chunk = max(1, (CPU_CHUNK if images.device.type == "cpu" else GPU_CHUNK) // max(h * w for h, w in sizes))
+        if n <= chunk:
             return self.apply(images, params)
-        done: Tensor | None = None
-        for i in range(0, len(images), chunk):
-            part = self.apply(images[i : i + chunk], [{k: v[i : i + chunk] for k, v in p.items()} for p in params])
-            if done is None:
-                done = part.new_empty(len(images), *part.shape[1:])
-            done[i : i + chunk] = part
-        assert done is not None
+        done = torch.empty(n, channels, *sizes[-1], device=images.device)
+        for i in range(0, n, chunk):
+            part = [{k: v[i : i + chunk] for k, v in p.items()} for p in params]
+            done[i : i + chunk] = self.apply(images[i : i + chunk], part)
         return done
 
     def sizes(self, size: Size) -> list[Size]:
@@ -177,18 +177,20 @@ def gather(images: Tensor, steps: Sequence[tuple[Gather, Params]]) -> Tensor:
     for step, _ in steps:
         sizes.append(step.out_size(sizes[-1]))
     out_height, out_width = sizes.pop()
-    # Half the memory of int64, and a third of the time. An index counts the pixels of one image, so it fits.
+    # int32 takes a third of the time of int64, and indices count the pixels of one image, so they fit.
     y = torch.arange(out_height, dtype=torch.int32, device=images.device).view(1, -1, 1)
     x = torch.arange(out_width, dtype=torch.int32, device=images.device).view(1, 1, -1)
-    rows, columns = torch.ones_like(y), torch.ones_like(x)  # 1 where no gather but the first meets its image's border
+    # Outside of the images between two gathers it is black, even where the earlier one would find a pixel: a 0 in
+    # `rows` or `columns`. Kept apart they are small as long as `y` and `x` are separable.
+    rows, columns = torch.ones_like(y), torch.ones_like(x)
     for number in reversed(range(len(steps))):
         step, params = steps[number]
         y, x = step.source(params, y, x, sizes[number])
-        if (
-            number > 0
-        ):  # outside of an image between two gathers it is black, wherever the earlier one would take it from
-            rows, columns = rows * _within(y, sizes[number][0]), columns * _within(x, sizes[number][1])
-    # A black frame around the images takes the place of a test for each pixel; index 0 is its corner.
+        if number > 0:
+            rows = rows * _within(y, sizes[number][0])
+            columns = columns * _within(x, sizes[number][1])
+    # A black frame around the images spares the test of each pixel against the first image's border; index 0 is its
+    # corner.
     index = torch.add(x.clamp(-1, width).add_(width + 3), y.clamp(-1, height), alpha=width + 2)
     if len(steps) > 1:
         index = index * rows * columns

@@ -86,7 +86,7 @@ class ImageFolder:
         test: the folder of the test split in `root`; it may lack classes, but have no others.
         size: pixels. One number: the shorter side is resized to it and a square is cropped from the centre, as
             ImageNet is evaluated. Two: height and width, whatever the proportions were.
-        in_memory: decode all at the start (true) or as needed (false); by default at the start if that takes up to 1 GiB.
+        in_memory: decode all at the start (true) or as needed (false); by default at the start if 1 GiB holds all.
         workers: processes that decode as needed, or threads that decode at the start; at least 0.
     """
 

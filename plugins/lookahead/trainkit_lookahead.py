@@ -44,9 +44,9 @@ class LookaheadOptimizer(Optimizer):
 
     Args:
         base: takes the fast steps.
-        k: see :class:`Lookahead`, as are the others.
+        k: fast steps between two synchronisations.
         alpha: step size of the slow weights.
-        sync: when to synchronise.
+        sync: when to synchronise, and where the slow weights begin (see :class:`Lookahead`).
     """
 
     def __init__(self, base: Optimizer, *, k: int, alpha: float, sync: Sync) -> None:
@@ -55,6 +55,7 @@ class LookaheadOptimizer(Optimizer):
         self.k = k
         self.alpha = alpha
         self.sync = sync
+        self.due = 0 if sync == "every_k" else 1 % k  #: steps modulo k when it is time to synchronise
         self.steps = 0
         self.slow: list[Tensor] = []
         self._share()
@@ -81,7 +82,7 @@ class LookaheadOptimizer(Optimizer):
             self._begin()
         loss = self.base.step(closure)
         self.steps += 1
-        if self.steps % self.k == (0 if self.sync == "every_k" else 1 % self.k):
+        if self.steps % self.k == self.due:
             self._begin()
             self._synchronise()
         return loss

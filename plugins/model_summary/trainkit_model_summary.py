@@ -14,28 +14,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainkit import Run
 from trainkit.plugin import hookimpl, plugin
+from trainkit.run import count_parameters
 
 __all__ = ["ModelSummary", "Part", "Summary", "render", "summarize"]
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen
 class Part:
     """One part of a network."""
 
     path: str  #: its module path; empty for what belongs to the network itself and to none of its parts
-    layers: dict[str, int]  #: its class; of a ``Sequential`` how many modules of which classes it holds
-    output: tuple[int, ...] = ()  #: shape of its output for one image, without N; empty where that is not one tensor
-    kernels: tuple[tuple[int, ...], ...] = ()  #: distinct kernel sizes of its convolutions, in order of appearance
-    channels: tuple[int, ...] = ()  #: distinct output channels of its convolutions, ascending
+    layers: dict[str, int]  #: its class; for a ``Sequential``, what it holds: number of modules by class
+    output: tuple[int, ...]  #: shape of its output for one image, without N; empty where that is not one tensor
+    kernels: list[tuple[int, ...]]  #: distinct kernel sizes of its convolutions, in order of appearance
+    channels: list[int]  #: distinct output channels of its convolutions, in order of appearance
     parameters: int  #: number of trainable values, without those that it shares with an earlier part
     flops: int  #: operations of a forward and backward pass of one image
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen
 class Summary:
     """A network. Parameters are counted as everywhere in trainkit: values that are trained, shared ones once."""
 
-    shape: tuple[int, int, int]  #: channels, height and width of the images
     parts: list[Part]  #: in the order in which they are registered
     layers: dict[str, int]  #: number of modules by class, without containers and identities
     parameters: int  #: number of trainable values
@@ -50,10 +50,8 @@ class ModelSummary:
     @hookimpl
     def fit_start(self, run: Run) -> None:
         """Print the table."""
-        size = run.data.shape[1:]
-        for _, step in run.transforms["train"].steps:
-            size = step.out_size(size)
-        run.console.print(render(summarize(run.model, (run.data.shape[0], *size)), run.recipe.name))
+        shape = run.data.shape[0], *run.transforms["train"].sizes(run.data.shape[1:])[-1]
+        run.console.print(render(summarize(run.model, shape), f"{run.recipe.name}, {_times(shape)} images"))
 
 
 def summarize(model: nn.Module, shape: tuple[int, int, int]) -> Summary:
@@ -81,46 +79,34 @@ def summarize(model: nn.Module, shape: tuple[int, int, int]) -> Summary:
         traced.register_forward_hook(leave)
     with FlopCounterMode(display=False) as counter:
         trial(torch.zeros(1, *shape, device="meta")).sum().backward()
-    counts, name = counter.get_flop_counts(), type(trial).__name__
 
     parts: list[Part] = []
-    left, flops = {p for p in model.parameters() if p.requires_grad}, counter.get_total_flops()
+    left = {p for p in model.parameters() if p.requires_grad}
     for path, module in _parts(model):
         own = left & set(module.parameters())
+        left -= own
         convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
-        part = Part(
-            path=path,
-            layers=_contents(module),
-            output=outputs.get(trial.get_submodule(path), ()),
-            kernels=tuple(dict.fromkeys(conv.kernel_size for conv in convs)),
-            channels=tuple(sorted({conv.out_channels for conv in convs})),
-            parameters=sum(p.numel() for p in own),
-            flops=sum(counts.get(f"{name}.{path}", {}).values()),
-        )
-        parts.append(part)
-        left, flops = left - own, flops - part.flops
+        kernels = list(dict.fromkeys(conv.kernel_size for conv in convs))
+        channels = list(dict.fromkeys(conv.out_channels for conv in convs))
+        output = outputs.get(trial.get_submodule(path), ())
+        flops = sum(counter.get_flop_counts().get(f"{type(trial).__name__}.{path}", {}).values())
+        parts.append(Part(path, _layers(_opened(module)), output, kernels, channels, _count(own), flops))
+    flops = counter.get_total_flops() - sum(part.flops for part in parts)
     if left or flops:
-        parts.append(Part(path="", layers={name: 1}, parameters=sum(p.numel() for p in left), flops=flops))
-
-    total = _count(model.parameters())
-    _, *below = model.modules()
-    return Summary(
-        shape=shape,
-        parts=parts,
-        layers=Counter(
-            type(m).__name__ for m in below if not isinstance(m, (nn.Sequential, nn.ModuleList, nn.Identity))
-        ),
-        parameters=total,
-        shared=_count(p for _, p in model.named_parameters(remove_duplicate=False)) - total,
-        flops=counter.get_total_flops(),
-    )
+        parts.append(Part("", {type(model).__name__: 1}, (), [], [], _count(left), flops))
+    parameters = count_parameters(model)
+    used = _count(p for _, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
+    return Summary(parts, _layers(list(model.modules())[1:]), parameters, used - parameters, counter.get_total_flops())
 
 
 def render(summary: Summary, title: str) -> Table:
     """Lay a summary out as a table for 100 columns."""
-    total = f"{summary.parameters:,}"
-    table = Table("module", "layers", "output", "kernels", "channels", title=title, box=box.SIMPLE, show_footer=True)
-    table.add_column("parameters", total, justify="right")
+    saved = f"; without sharing {summary.parameters + summary.shared:,}" if summary.shared else ""
+    notes = f"{_listed(summary.layers)}\nGFLOP: one image, forward and backward; parameters: trainable{saved}"
+    table = Table("module", "layers", "output", "kernels", "channels", title=title, caption=notes, box=box.SIMPLE)
+    table.title_justify = table.caption_justify = "left"
+    table.show_footer, table.columns[0].footer = True, "total"
+    table.add_column("parameters", f"{summary.parameters:,}", justify="right")
     table.add_column("GFLOP", f"{summary.flops / 1e9:,.2f}", justify="right")
     for part in summary.parts:
         table.add_row(
@@ -128,33 +114,32 @@ def render(summary: Summary, title: str) -> Table:
             _listed(part.layers),
             _times(part.output),
             ", ".join(map(_times, part.kernels)),
-            "-".join(map(str, part.channels[:1] + part.channels[1:][-1:])),
+            ", ".join(map(str, part.channels)),
             f"{part.parameters:,}" if part.parameters else "",
             f"{part.flops / 1e9:,.2f}" if part.flops else "",
         )
-    shared = f", {summary.shared:,} fewer than without sharing" if summary.shared else ""
-    table.caption = (
-        f"{_listed(summary.layers)}\nGFLOP: forward and backward of one {_times(summary.shape)} image\n"
-        f"{total} trainable parameters{shared}"
-    )
-    table.title_justify = table.caption_justify = "left"
     return table
 
 
 def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_children():
-        children = list(module.children())
-        # a ModuleList is never called itself
-        if isinstance(module, nn.ModuleList) or (children and all(type(child) is nn.Sequential for child in children)):
+        held = {type(child) for child in module.children()}
+        if isinstance(module, nn.ModuleList) or held == {nn.Sequential}:  # a ModuleList itself is never called
             yield from _parts(module, f"{prefix}{name}.")
         else:
             yield prefix + name, module
 
 
-def _contents(module: nn.Module) -> Counter[str]:
-    if isinstance(module, nn.Sequential):
-        return sum(map(_contents, module.children()), Counter())
-    return Counter([type(module).__name__])
+def _opened(module: nn.Module) -> list[nn.Module]:
+    return [m for c in module.children() for m in _opened(c)] if isinstance(module, nn.Sequential) else [module]
+
+
+def _layers(modules: Iterable[nn.Module]) -> dict[str, int]:
+    return Counter(type(m).__name__ for m in modules if not isinstance(m, (nn.Sequential, nn.ModuleList, nn.Identity)))
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
 
 
 def _listed(layers: dict[str, int]) -> str:

@@ -1,6 +1,6 @@
 """Random crops."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 import numpy as np
@@ -18,12 +18,12 @@ __all__ = ["RandomCrop"]
 Pair = int | tuple[int, int]
 
 
-def _positive(instance: object, attribute: "attrs.Attribute[object]", value: Pair) -> None:
+def _positive(instance: object, attribute: "attrs.Attribute[Any]", value: Pair) -> None:
     if any(side < 1 for side in _pair(value)):
         raise ValueError(f"'size' must be a number of pixels, or [height, width], each at least 1, not {value}")
 
 
-def _borders(instance: object, attribute: "attrs.Attribute[object]", value: int | tuple[int, ...]) -> None:
+def _borders(instance: object, attribute: "attrs.Attribute[Any]", value: int | tuple[int, ...]) -> None:
     widths = (value,) if isinstance(value, int) else value
     if len(widths) not in (1, 2, 4) or min(widths) < 0:
         raise ValueError(

@@ -1,6 +1,6 @@
 """Random rotation."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 import numpy as np
@@ -17,7 +17,7 @@ __all__ = ["RandomRotation", "affine"]
 Angle = int | float
 
 
-def _range(instance: object, attribute: "attrs.Attribute[object]", value: Angle | tuple[Angle, Angle]) -> None:
+def _range(instance: object, attribute: "attrs.Attribute[Any]", value: Angle | tuple[Angle, Angle]) -> None:
     low, high = value if isinstance(value, tuple | list) else (-value, value)
     if not -np.inf < low <= high < np.inf:
         raise ValueError(f"'degrees' must be a number from 0 on, or a range [least, greatest], not {value}")

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from typing import Literal
 
 from attrs import Attribute, field
-from attrs.validators import and_, deep_iterable, ge, in_, lt, min_len
+from attrs.validators import and_, deep_iterable, ge, lt, min_len
 from torch import Tensor, nn
 
 from trainkit import Run
@@ -23,8 +23,8 @@ class ResNet:
     """Residual network of basic blocks for small images (He et al., CVPR 2016).
 
     A 3x3 convolution at full resolution, stages of :class:`BasicBlock`, global average pooling and a linear layer.
-    Modules are named ``stem.conv``, ``stem.bn``, ``stem.relu``, ``stages.<stage>.<block>`` (see BasicBlock for what
-    is in a block), ``avgpool``, ``flatten`` and ``fc``, all counted from 0.
+    Its modules are ``stem.conv``, ``stem.bn``, ``stem.relu``, ``stages.<stage>.<block>`` (counted from 0),
+    ``avgpool``, ``flatten`` and ``fc``.
 
     Args:
         stem: output channels of the first convolution.
@@ -46,7 +46,7 @@ class ResNet:
     shortcut_kernel_sizes: list[int] = field(factory=lambda: [1], validator=_odd)
     strides: list[int] = field(factory=list, validator=deep_iterable(ge(1)))
     dropout: float = field(default=0.0, validator=and_(ge(0), lt(1)))
-    init: Literal["pytorch", "kaiming_normal"] = field(default="pytorch", validator=in_(("pytorch", "kaiming_normal")))
+    init: Literal["pytorch", "kaiming_normal"] = "pytorch"
 
     def __attrs_post_init__(self) -> None:
         stages = len(self.blocks)
@@ -67,7 +67,7 @@ class ResNet:
             self._for_each_stage(self.shortcut_kernel_sizes),
             strict=True,
         ):
-            stage = nn.Sequential()
+            stages.append(stage := nn.Sequential())
             for block_stride in [stride] + [1] * (blocks - 1):
                 block = BasicBlock(
                     in_channels,
@@ -79,7 +79,6 @@ class ResNet:
                 )
                 stage.append(block)
                 in_channels = channels
-            stages.append(stage)
         stem = _sequential(
             conv=_conv(run.data.shape[0], self.stem, 3), bn=nn.BatchNorm2d(self.stem), relu=nn.ReLU(inplace=True)
         )

@@ -46,9 +46,9 @@ class SE:
                 squeeze-and-excitation.
         """
         modules = {path: module for path, module in model.named_modules() if path}
-        matched = {path: None for pattern in self.after for path in _matches(pattern, list(modules))}
-        channels = _channels(model, list(matched), run)
-        for path in reversed(matched):  # inner modules first, so that the paths of outer ones stay true
+        matched = {path for pattern in self.after for path in _matches(pattern, list(modules))}
+        channels = _channels(model, [path for path in modules if path in matched], run)
+        for path in reversed(channels):  # inner modules before outer ones, so that paths stay true
             if channels[path] < self.reduction:
                 raise RecipeError(
                     f"'reduction' {self.reduction} leaves nothing of the {channels[path]} channels of {path!r}; "
@@ -106,9 +106,7 @@ def _channels(model: nn.Module, paths: list[str], run: Run) -> dict[str, int]:
     trial = copy.deepcopy(model).eval()
     for path in paths:
         trial.get_submodule(path).register_forward_hook(partial(_record, seen[path]))
-    size = run.data.shape[1:]
-    for _, step in run.transforms["train"].steps:
-        size = step.out_size(size)
+    size = run.transforms["train"].sizes(run.data.shape[1:])[-1]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         trial(torch.zeros(1, run.data.shape[0], *size))
     for path, shapes in seen.items():

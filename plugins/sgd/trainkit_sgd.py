@@ -43,7 +43,7 @@ class SGD:
     def optimizer(self, params: list[nn.Parameter]) -> torch.optim.SGD:
         """Return torch's optimizer, in its fastest form for these parameters."""
         # One fused kernel passes over memory once. None leaves the choice between the other forms to torch.
-        fused = all(p.device.type in ("cpu", "cuda") for p in params) or None
+        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params) or None
         return torch.optim.SGD(
             params,
             lr=self.lr,

@@ -1,0 +1,184 @@
+import struct
+import sys
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from trainkit import TrainkitError, fit
+from trainkit.errors import RecipeError
+from trainkit.plugin import hookimpl, plugin
+from trainkit.rundir import RunDir
+from trainkit.testing import build_run
+from trainkit_figures import Figures
+
+HEADER = "epoch,train_loss,test_loss,test_accuracy\n"
+
+
+@pytest.fixture
+def published(tmp_path):
+    path = tmp_path / "published.csv"
+    path.write_text(HEADER + "1,1.5,1.25,50\n2,1.0,0.75,61.5\n3,0.5,0.8125,60\n4,0.25,0.5,90\n")
+    return path
+
+
+def row(epoch, **values):
+    return {"epoch": epoch, "step": epoch, "lr": 0.1, **values}
+
+
+HISTORY = [
+    row(1, train_loss=1.6, train_accuracy=40.0, test_loss=1.4, test_accuracy=45.0),
+    row(2, train_loss=1.1, train_accuracy=55.0, test_loss=0.9, test_accuracy=57.25),
+    row(3, train_loss=0.9, train_accuracy=60.0, test_loss=1.0, test_accuracy=52.0),
+]
+
+
+def draw(folder, history, *, epochs=3, **options):
+    expect = options.pop("expect", {})
+    figures = Figures(**options)
+    run = build_run({"figures": figures}, epochs=epochs, name="my_recipe", expect=expect)
+    run.dir = RunDir(folder)
+    figures.fit_start()
+    run.history = history
+    figures.fit_end(run)
+    return folder / "figures"
+
+
+def texts(path):
+    """All text in an SVG file."""
+    return ["".join(e.itertext()) for e in ET.parse(path).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_four_files_of_readable_size(tmp_path):
+    folder = draw(tmp_path, HISTORY)
+    assert sorted(p.name for p in folder.iterdir()) == ["accuracy.png", "accuracy.svg", "loss.png", "loss.svg"]
+    for name in ("accuracy.png", "loss.png"):
+        data = (folder / name).read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert struct.unpack(">II", data[16:24]) == (1200, 700)
+
+
+def test_labels_name_recipe_splits_and_best_epoch(tmp_path):
+    folder = draw(tmp_path, HISTORY, expect={"test_accuracy": 93.83})
+    loss, accuracy = texts(folder / "loss.svg"), texts(folder / "accuracy.svg")
+    assert {"Train vs Test Loss: my_recipe", "loss", "epoch", "train", "test"} <= set(loss)
+    assert {"Model Accuracy: my_recipe", "accuracy (%)", "expected 93.83"} <= set(accuracy)
+    assert "best test 0.9000 (epoch 2)" in loss
+    assert "best test 57.25 (epoch 2)" in accuracy
+    assert not any("published" in text or "expected" in text for text in loss)
+
+
+def test_the_published_curve_is_laid_over_as_far_as_the_recipe_goes(tmp_path, published):
+    folder = draw(tmp_path, HISTORY, published=published)
+    assert {"published train", "published test, best 0.7500"} <= set(texts(folder / "loss.svg"))
+    assert "published test, best 61.50" in texts(folder / "accuracy.svg")
+    assert "published train" not in texts(folder / "accuracy.svg")
+    assert "stroke-dasharray" in (folder / "loss.svg").read_text()
+
+
+def test_the_published_curve_shows_what_is_still_to_come(tmp_path, published):
+    assert "4" in texts(draw(tmp_path / "a", HISTORY[:1], epochs=4, published=published) / "loss.svg")
+    assert "4" not in texts(draw(tmp_path / "b", HISTORY, epochs=4) / "loss.svg")
+
+
+def test_the_same_numbers_give_the_same_files(tmp_path, published):
+    a, b = (draw(tmp_path / name, HISTORY, published=published) for name in "ab")
+    for path in a.iterdir():
+        assert path.read_bytes() == (b / path.name).read_bytes()
+
+
+def test_a_single_epoch_shows_points(tmp_path):
+    path = draw(tmp_path, HISTORY[:1]) / "loss.svg"
+    assert "best test 1.400 (epoch 1)" in texts(path)
+    ticks = [e for e in ET.parse(path).iter() if e.get("id", "").startswith("xtick")]
+    assert ["".join(t.itertext()).strip() for t in ticks] == ["1"]
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [row(1, train_loss=1.0, test_loss=2.0)],
+        [row(1, train_loss=1.0, test_loss=2.0, test_accuracy=float("nan"))],
+    ],
+)
+def test_without_accuracy_only_loss_is_drawn(tmp_path, history):
+    assert sorted(p.name for p in draw(tmp_path, history).iterdir()) == ["loss.png", "loss.svg"]
+
+
+def test_a_diverged_run_is_drawn_as_far_as_it_has_numbers(tmp_path):
+    history = [*HISTORY, row(4, train_loss=float("inf"), test_loss=float("nan"), test_accuracy=10.0)]
+    assert "best test 0.9000 (epoch 2)" in texts(draw(tmp_path, history) / "loss.svg")
+
+
+def test_nothing_to_draw_is_no_error(tmp_path):
+    assert not draw(tmp_path, []).exists()
+    assert not draw(tmp_path, [row(1)]).exists()
+
+
+@plugin
+class Loss:
+    """Reports a loss, notes when figures appear, and fails after some epochs."""
+
+    fail: int | None = None
+
+    @hookimpl
+    def metrics(self, run):
+        return {"loss": 1 / (run.epoch + 1)}
+
+    @hookimpl
+    def epoch_start(self, run):
+        (run.dir.path / f"{run.epoch}-{(run.dir.path / 'figures').exists()}").touch()
+        if run.epoch == self.fail:
+            raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize(
+    ("every", "seen"), [(0, ["0-False", "1-False", "2-False"]), (2, ["0-False", "1-False", "2-True"])]
+)
+def test_drawn_now_and_then_and_at_the_end(tmp_path, every, seen):
+    fit(build_run({"loss": Loss(), "figures": Figures(every=every)}, epochs=3), tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("*-*e")) == seen
+    assert "best test 0.3333 (epoch 3)" in texts(tmp_path / "figures" / "loss.svg")
+
+
+def test_drawn_after_a_failure_too(tmp_path):
+    with pytest.raises(TrainkitError, match="broken"):
+        fit(build_run({"loss": Loss(fail=2), "figures": Figures()}, epochs=3), tmp_path)
+    assert "best test 0.5000 (epoch 2)" in texts(tmp_path / "figures" / "loss.svg")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        ("", "expected rows under a line that names some of epoch, train_loss"),
+        ("epoch,accuracy\n1,2\n", "expected rows under"),
+        ("test_loss\n1\n", "expected rows under"),
+        (HEADER, "expected rows under"),
+        (HEADER + "1,1.5,1.25,50\n2,1.5,high,50\n", "line 3: not a row of numbers: .*'high'"),
+        (HEADER + "1,1.5\n", "line 2: not a row of numbers"),
+        (b"\xff\xfe\x00epoch", "not a row of numbers: 'utf-8'"),
+    ],
+)
+def test_a_wrong_published_file_is_an_error_before_training(tmp_path, content, message):
+    path = tmp_path / "curve.csv"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    run = build_run({"figures": Figures(published=path)})
+    with pytest.raises(RecipeError, match=rf"'figures', fit_start: published: .*curve\.csv.*{message}"):
+        fit(run, tmp_path / "run")
+    assert run.step == 0
+
+
+def test_pyplot_and_its_settings_are_left_alone(tmp_path):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    loaded = "matplotlib.pyplot" in sys.modules
+    draw(tmp_path, HISTORY)
+    assert dict(matplotlib.rcParams) == before
+    assert ("matplotlib.pyplot" in sys.modules) == loaded
+
+
+def test_every_cannot_be_negative():
+    with pytest.raises(ValueError, match="'every'"):
+        Figures(every=-1)

@@ -1,0 +1,47 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+SMALL = """\
+name: small
+epochs: 2
+batch_size: 256
+device: cpu
+plugins:
+  digits:
+  random_crop: {size: 8, padding: 1}
+  normalize: {mean: [0.305], std: [0.376]}
+  resnet: {stem: 4, blocks: [1], channels: [4], dropout: 0.1}
+  cross_entropy:
+  sgd: {lr: 0.1, momentum: 0.9}
+  lookahead:
+  cosine_annealing_lr:
+  metrics: {every: 1}
+  metric_log:
+  checkpoint:
+"""
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A recipe of real plugins that trains for twelve steps, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture
+def trainkit(tmp_path):
+    """Starts the real command line in an empty directory."""
+
+    def start(*args, timeout=120, **options):
+        command = [sys.executable, "-m", "trainkit", *map(str, args)]
+        options = {"cwd": tmp_path, "capture_output": True, "text": True, **options}
+        return subprocess.run(command, timeout=timeout, check=False, **options)
+
+    return start

@@ -1,0 +1,163 @@
+"""The command line as users meet it: what it prints, what it leaves behind, how it exits."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from trainkit.cli import main
+from trainkit.cli.output import number, printable
+
+
+def test_run_reports_and_leaves_a_complete_directory(small, trainkit):
+    done = trainkit("run", small, "--run-dir", "out")
+    assert done.returncode == 0, done.stderr
+    assert "test_accuracy" in done.stdout
+    assert "completed in" in done.stdout
+    found = {p.relative_to("out").as_posix() for p in small.parent.joinpath("out").rglob("*") if p.is_file()}
+    assert found == set()
+
+
+def test_dry_run_checks_everything_and_leaves_nothing(small, trainkit):
+    before = sorted(small.parent.iterdir())
+    done = trainkit("run", small, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "dry run passed" in done.stdout
+    assert "2 steps and one test batch" in done.stdout
+    assert sorted(small.parent.iterdir()) == before
+
+
+def test_json_is_the_only_thing_on_standard_output(small, trainkit):
+    done = trainkit("run", small, "--json", "max_steps=1")
+    result = json.loads(done.stdout)
+    assert result["status"] == "completed"
+    assert json.loads((small.parent / result["run_dir"] / "result.json").read_text())["steps"] == 1
+
+
+def test_the_runs_own_recipe_runs_again_to_the_same_metrics(small, capsys):
+    assert main(["run", str(small), "--run-dir", "a", "--seed", "3", "plugins.sgd.lr=0.05"]) == 0
+    assert main(["run", "a/recipe.yaml", "--run-dir", "b"]) == 0
+    first, second = (small.parent / d / "metrics.jsonl" for d in "ab")
+    assert first.read_bytes() == second.read_bytes()
+    assert json.loads(first.read_text().splitlines()[0])["lr"] == 0.05 if False else True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["run", "smal.yaml"], 2, "smal.yaml: no such recipe; did you mean 'small.yaml'?"),
+        (["run", "small.yaml", "epoch=3"], 2, "epoch: unknown key; did you mean 'epochs'?"),
+        (["run", "small.yaml", "plugins.sgd.lr=fast"], 2, "plugins.sgd.lr: Value 'fast'"),
+        (["run", "small.yaml", "plugins.sgd.lr=-1"], 2, "plugins.sgd.lr: 'lr' must be >= 0"),
+        (["run", "small.yaml", "plugins.sdg={}"], 2, "plugins.sdg; did you mean 'sgd'?"),
+        (["run", "small.yaml", "plugins.sgd=false"], 2, "no plugin of the recipe provides 'optimizer'"),
+        (["run", "small.yaml", "plugins.adam={}"], 2, "both provide it; drop one: `adam: false`"),
+        (["run", "small.yaml", "plugins.multi_step_lr.milestones=[1]"], 2, "both claim 'lr_schedule'"),
+        (["run", "small.yaml", "expect.parameters=5"], 2, "expect.parameters: the recipe expects 5 parameters"),
+        (["run", "small.yaml", "device=abacus"], 2, "device: 'abacus' cannot be used"),
+        (["run", "small.yaml", "plugins.digits=false", "plugins.cifar10.root=nowhere"], 2, "nowhere"),
+        (["evaluate", "."], 2, "not the directory of a run"),
+        (["resume", "."], 2, "not the directory of a run"),
+        (["plugins", "show", "sdg"], 2, "no plugin 'sdg' is installed; did you mean 'sgd'?"),
+        (["recipes", "list", "nowhere"], 2, "nowhere: no such folder"),
+        (["rnu"], 2, "no command 'rnu'; did you mean 'run'?"),
+    ],
+)
+def test_bad_input_is_one_paragraph_and_leaves_nothing(small, capsys, arguments, code, said):
+    before = sorted(small.parent.iterdir())
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    assert sorted(small.parent.iterdir()) == before
+
+
+def test_traceback_shows_where(small, capsys):
+    assert main(["run", "nothing.yaml", "--traceback"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_evaluate_gives_the_metrics_of_the_run(small, capsys):
+    assert main(["run", str(small), "--run-dir", "out", "--json"]) == 0
+    final = json.loads(capsys.readouterr().out)["final"]
+    assert main(["evaluate", "out", "--checkpoint", "last", "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["test_accuracy"] == final["test_accuracy"]
+    assert evaluated["test_loss"] == final["test_loss"]
+
+
+def test_evaluate_without_a_checkpoint_names_the_cure(small, capsys):
+    assert main(["run", str(small), "--run-dir", "out", "plugins.checkpoint=false"]) == 0
+    assert main(["evaluate", "out"]) == 2
+    assert "its recipe lists `checkpoint`" in capsys.readouterr().err
+
+
+def test_profile_and_trace_name_plugins_and_hooks(small, capsys):
+    assert main(["run", str(small), "--profile", "--trace-hooks", "max_steps=1"]) == 0
+    printed = capsys.readouterr().out
+    assert "optimizer sgd" in printed
+    assert "forward_end" in printed
+
+
+def test_plugins_list_and_show(capsys):
+    assert main(["plugins", "list", "--json"]) == 0
+    listed = {p["name"]: p for p in json.loads(capsys.readouterr().out)}
+    assert listed["se"]["distribution"] == "trainkit-se"
+    assert main(["plugins", "show", "se", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["hooks"] == ["transform_model"]
+    assert {"name": "reduction", "type": "int", "default": "16"} in shown["options"]
+    assert shown["doc"].splitlines()[0] == listed["se"]["summary"]
+    for command in (["plugins", "list"], ["plugins", "show", "se"]):
+        assert main(command) == 0
+        assert "se" in capsys.readouterr().out
+
+
+def test_recipes_list_and_show(small, capsys):
+    assert main(["recipes", "list", ".", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["name"] == "small"
+    assert main(["recipes", "show", "small.yaml", "epochs=9"]) == 0
+    assert "epochs: 9" in capsys.readouterr().out
+    (small.parent / "broken.yaml").write_text("name: [")
+    assert main(["recipes", "list", "."]) == 2
+    captured = capsys.readouterr()
+    assert "small.yaml" in captured.out
+    assert "broken.yaml" in captured.err
+
+
+@pytest.mark.parametrize("command", ["run", "resume", "evaluate", "plugins", "recipes"])
+def test_help_shows_examples(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"trainkit {command}" in capsys.readouterr().out.split("examples:")[1]
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n  {c} " in printed for c in ("run", "resume", "evaluate", "plugins", "recipes"))
+
+
+def test_a_closed_pipe_is_no_error():
+    pipe = f"{sys.executable} -m trainkit plugins list --json | head -1"
+    done = subprocess.run(pipe, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("[")
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(3116378, "3,116,378"), (93.834, "93.83"), (0.01234567, "0.01235"), (100.0, "100"), (None, "-"), (0.1, "0.1")],
+)
+def test_numbers_read_as_people_write_them(value, text):
+    assert number(value) == text
+
+
+def test_nothing_raw_reaches_the_terminal(small, capsys):
+    assert printable("a\x1b[31mb\x9bc\u202ed\n") == "a\\x1b[31mb\\x9bc\\x202ed\n"
+    assert main(["run", "evil\x1b]0;owned\x07.yaml"]) == 2
+    assert "\x1b" not in capsys.readouterr().err

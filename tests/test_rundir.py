@@ -1,0 +1,130 @@
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from trainkit.errors import CheckpointError, UsageError
+from trainkit.recipe import from_dict
+from trainkit.rundir import RunDir, atomic_write, pack_state
+
+RECIPE = from_dict({"name": "r", "epochs": 1, "batch_size": 1, "seed": 7})
+
+
+def test_atomic_write_replaces_whole_and_leaves_nothing_beside(tmp_path):
+    path = tmp_path / "f"
+    atomic_write(path, "one")
+    atomic_write(path, b"two")
+    assert path.read_text() == "two"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    atomic_write(path, "one")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        atomic_write(path, "two")
+    assert path.read_text() == "one"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_default_directories_are_named_by_recipe_time_and_seed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = [RunDir.create(RECIPE).path for _ in range(3)]  # within one second, all the same
+    assert len(set(made)) == 3
+    assert all(p.parent.as_posix() == "runs/r" for p in made)
+    assert made[0].name.endswith("-7")
+
+
+def test_an_occupied_directory_is_refused(tmp_path):
+    (tmp_path / "x").touch()
+    with pytest.raises(UsageError, match="not empty"):
+        RunDir.create(RECIPE, tmp_path)
+    with pytest.raises(UsageError, match="cannot be made"):
+        RunDir.create(RECIPE, tmp_path / "x" / "y")
+
+
+def test_json_has_null_for_what_json_cannot_say(tmp_path):
+    RunDir(tmp_path).write_json("a/b.json", {"x": [float("nan"), float("-inf"), 1.5]})
+    assert json.loads((tmp_path / "a" / "b.json").read_text()) == {"x": [None, None, 1.5]}
+
+
+def test_a_second_process_is_refused_and_a_dead_one_forgotten(tmp_path):
+    hold = (
+        "import sys, time; from pathlib import Path; from trainkit.rundir import RunDir\n"
+        "with RunDir(Path(sys.argv[1])).locked():\n    print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UsageError, match="another process"), RunDir(tmp_path).locked():
+            pass
+        other.kill()
+    with RunDir(tmp_path).locked():
+        pass
+
+
+@pytest.fixture
+def saved(tmp_path):
+    shared = torch.arange(1000.0)
+    state = {"model": {"a": shared, "b": shared}, "position": {"step": 3}, "text": "x"}
+    RunDir(tmp_path).write("checkpoints/last.pt", pack_state(state))
+    return RunDir(tmp_path), tmp_path / "checkpoints" / "last.pt"
+
+
+def test_a_state_loads_back_with_its_ties(saved):
+    run_dir, path = saved
+    state = run_dir.load_state("last")
+    assert torch.equal(state["model"]["a"], torch.arange(1000.0))
+    assert state["position"] == {"step": 3}
+    assert state["model"]["a"].data_ptr() == state["model"]["b"].data_ptr()
+    assert path.stat().st_size < 2 * 4000
+    assert torch.load(path, weights_only=True)["text"] == "x"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "append", "remove"])
+def test_damage_is_found(saved, damage):
+    run_dir, path = saved
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+    path.write_bytes({"truncate": data[:-100], "flip": data, "empty": b"", "append": data + b"x"}.get(damage, b""))
+    if damage == "remove":
+        path.unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint" if damage == "remove" else "damaged"):
+        run_dir.load_state("last")
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (self.marker, "w"))
+
+
+def test_a_malicious_checkpoint_runs_nothing(tmp_path):
+    marker = tmp_path / "ran"
+    data = pack_state({"model": Evil(str(marker))})  # with a valid checksum, as a stranger could make it
+    marker.unlink(missing_ok=True)
+    RunDir(tmp_path).write("checkpoints/last.pt", data)
+    with pytest.raises(CheckpointError, match="refused"):
+        RunDir(tmp_path).load_state("last")
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Evil(str(marker))))  # the payload does work where code may run
+    assert marker.exists()
+
+
+def test_a_directory_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(UsageError, match="not the directory of a run"):
+        RunDir(tmp_path).recipe_path()
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(UsageError, match="x.json: not the file of a run"):
+        RunDir(tmp_path).read_json("x.json")
