@@ -296,7 +296,9 @@ def _pipeline(run: Run, split: str) -> Pipeline:
                 raise impl.wrong(step, Transform)
             purpose = f"{impl.active.name}/{split}" + (f"/{number}" if number else "")
             steps.append((purpose, step))
-    return Pipeline(steps)
+    pipeline = Pipeline(steps)
+    pipeline.sizes(run.data.shape[1:])  # a transform that does not fit says so now, not at the first batch
+    return pipeline
 
 
 def _schedule(impl: Any, schedule: Schedule) -> Schedule:

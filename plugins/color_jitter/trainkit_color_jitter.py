@@ -1,6 +1,5 @@
 """Random changes of brightness, contrast, saturation and hue."""
 
-from functools import cache
 from typing import Any, ClassVar, Literal
 
 import attrs
@@ -32,7 +31,7 @@ def _amount(instance: object, attribute: "attrs.Attribute[Any]", value: Amount) 
     least, most = (-0.5, 0.5) if attribute.name == "hue" else (0, np.finfo(np.float32).max)
     if not least <= low <= high <= most:
         raise ValueError(
-            f"{attribute.name!r} must be a number from 0 on, or a range, within {least} and {most:g}: {value}"
+            f"{attribute.name!r} must be 0 to {most:.2g}, or a range in {least} to {most:.2g}, not {value}"
         )
 
 
@@ -56,6 +55,7 @@ class ColorJitter(Map):
     contrast: Amount = field(default=0, validator=_amount)
     saturation: Amount = field(default=0, validator=_amount)
     hue: Amount = field(default=0, validator=_amount)
+    _hues: Tensor = field(init=False, factory=lambda: _hues())
 
     @hookimpl
     def transforms(self, run: Run, split: Literal["train", "test"]) -> Map | None:
@@ -65,19 +65,17 @@ class ColorJitter(Map):
             RecipeError: the images are neither RGB nor gray.
         """
         if run.data.shape[0] not in (1, 3):
-            raise RecipeError(
-                f"plugins.color_jitter: the images have {run.data.shape[0]} channels, and it works on RGB (3) and gray "
-                "ones (1); drop it with `color_jitter: false`"
-            )
+            channels = f"the images have {run.data.shape[0]} channels, and it takes RGB (3) and gray ones (1)"
+            raise RecipeError(f"plugins.color_jitter: {channels}; drop it with `color_jitter: false`")
+        self._hues = self._hues.to(run.device)
         return self if split == "train" else None
 
     def draw(self, rng: np.random.Generator, n: int, size: Size) -> Draws:
         """Draw the operations of each image, in its own order, and the factor of each.
 
         Returns:
-            ``order``, int64 [n, k]: those k operations that are on, 0 brightness, 1 contrast, 2 saturation, 3 hue;
-            ``factor``, float32 [n, k], in the same order; and, when hue is on, ``shift``, uint8 [n]: what torchvision
-            makes of its factor, the turn in 256ths of the circle.
+            ``order``, int64 [n, k]: the k operations that are on, 0 brightness, 1 contrast, 2 saturation, 3 hue;
+            ``factor``, float32 [n, k], in that order; with hue ``shift``, uint8 [n]: its factor in Pillow's 8-bit unit.
         """
         ranges = [_range(name, getattr(self, name)) for name in ("brightness", "contrast", "saturation", "hue")]
         on = [number for number, limits in enumerate(ranges) if limits != ((0, 0) if number == HUE else (1, 1))]
@@ -94,7 +92,7 @@ class ColorJitter(Map):
 
         Images are not grouped by operation, which would make a GPU wait. Three operations are one: a blend with
         operands of each image's own, which a factor of 1 makes idle. Hue comes once, for all images at the same time,
-        after the blends that are to precede it (idle for other images) and before those that are to follow it.
+        between the blends that precede it and those that follow; half of these are idle, a quarter of all work.
         """
         order, factor = params["order"], params["factor"]
         steps = range(order.shape[1])
@@ -104,7 +102,7 @@ class ColorJitter(Map):
             _blend(values, order[:, k], torch.where(passed[:, k], 1, factor[:, k]))
         if "shift" in params:
             if values.shape[1] == 3:
-                _turn(values, params["shift"])
+                _turn(values, params["shift"], self._hues.to(values.device))
             for k in steps[1:]:  # passed one step earlier: this step is not hue itself
                 _blend(values, order[:, k], torch.where(passed[:, k - 1], factor[:, k], 1))
         return values.to(torch.uint8)
@@ -116,7 +114,7 @@ def _blend(values: Tensor, operation: Tensor, factor: Tensor) -> None:
     if values.shape[1] == 3:  # exact: units of 2 ** -16 below 2 ** 8
         gray = gray.mul(19595 / 65536).add_(values[:, 1], alpha=38470 / 65536).add_(values[:, 2], alpha=7471 / 65536)
         gray.add_(0.5).floor_()
-    pixels = gray.shape[1] * gray.shape[2]
+    pixels = gray[0].numel()
     total = gray.sum(2).sum(1, dtype=torch.int64)  # float32 is exact for a row, and not for a large image
     mean = (2 * total + pixels) // (2 * pixels) * (operation == CONTRAST)
     base = (gray * (operation == SATURATION).view(-1, 1, 1)).add_(mean.view(-1, 1, 1)).unsqueeze_(1)
@@ -124,7 +122,7 @@ def _blend(values: Tensor, operation: Tensor, factor: Tensor) -> None:
     values.sub_(base).mul_(factor.view(-1, 1, 1, 1)).add_(base).clamp_(0, 255).floor_()
 
 
-def _turn(values: Tensor, shift: Tensor) -> None:
+def _turn(values: Tensor, shift: Tensor, hues: Tensor) -> None:
     """Turn the hues of float images, through Pillow's 8-bit HSV and back.
 
     A channel is ``v (1 - s / 255 * d / 85)`` of value v and saturation s, where d goes from 0 to 85 and back around a
@@ -133,7 +131,7 @@ def _turn(values: Tensor, shift: Tensor) -> None:
     r, g, b = values.unbind(1)
     value, least = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     index = r.mul(511).add_(g, alpha=-510).sub_(b).add_(255 * 512).to(torch.int32).flatten()
-    angle = (_hues(values.device).index_select(0, index).view(r.shape) + shift.view(-1, 1, 1)).float().mul_(2)
+    angle = (hues.index_select(0, index).view(r.shape) + shift.view(-1, 1, 1)).float().mul_(2)
     saturation = (value - least).mul_(255).add_(0.5).div_(value.clamp(min=1)).floor_()
     depth, top = saturation.mul_(value), value.mul(21675).add_(10837)
     for channel, center, sign, offset in ((r, 255, -1, 170), (g, 170, 1, -85), (b, 340, 1, -85)):
@@ -141,8 +139,7 @@ def _turn(values: Tensor, shift: Tensor) -> None:
         torch.sub(top, channel, out=channel).mul_(1 / 21675).floor_()
 
 
-@cache
-def _hues(device: torch.device) -> Tensor:
+def _hues() -> Tensor:
     """Return Pillow's 8-bit hues, uint8 [511 * 511], which depend on ``511 (r - g) + (g - b) + 255 * 512`` only."""
     rg, gb = np.mgrid[-255:256, -255:256]
     rgb = np.stack([rg + gb, gb, 0 * gb])
@@ -150,4 +147,4 @@ def _hues(device: torch.device) -> Tensor:
     # Like Pillow in float64 from float32 and back: it makes some hues one less than they are.
     sixths = np.where(r == 0, b - g, np.where(g == 0, 2 + r.astype(float) - b, 4 + g.astype(float) - r))
     turns = np.fmod(sixths.astype(np.float32).astype(float) / 6 + 1, 1).astype(np.float32)
-    return torch.from_numpy((turns.astype(float) * 255).astype(np.uint8).ravel()).to(device)
+    return torch.from_numpy((turns.astype(float) * 255).astype(np.uint8).ravel())

@@ -101,11 +101,11 @@ def summarize(model: nn.Module, shape: tuple[int, int, int]) -> Summary:
 
 def render(summary: Summary, title: str) -> Table:
     """Lay a summary out as a table for 100 columns."""
-    saved = f"; without sharing {summary.parameters + summary.shared:,}" if summary.shared else ""
-    notes = f"{_listed(summary.layers)}\nGFLOP: one image, forward and backward; parameters: trainable{saved}"
+    unshared = f"; {summary.parameters + summary.shared:,} without sharing" if summary.shared else ""
+    notes = f"{_listed(summary.layers)}\nparameters: trainable{unshared}\nGFLOP: one image, forward and backward"
     table = Table("module", "layers", "output", "kernels", "channels", title=title, caption=notes, box=box.SIMPLE)
     table.title_justify = table.caption_justify = "left"
-    table.show_footer, table.columns[0].footer = True, "total"
+    table.show_footer, table.columns[0].footer, table.columns[1].overflow = True, "total", "fold"
     table.add_column("parameters", f"{summary.parameters:,}", justify="right")
     table.add_column("GFLOP", f"{summary.flops / 1e9:,.2f}", justify="right")
     for part in summary.parts:

@@ -5,10 +5,9 @@ from math import inf
 from time import perf_counter
 from typing import Literal
 
-import rich.progress
 from attrs import field
 from rich.progress import BarColumn, TextColumn
-from rich.text import Text
+from rich.progress import Progress as Bars
 
 from trainkit import Run
 from trainkit.plugin import hookimpl, plugin
@@ -24,39 +23,34 @@ LOSS = 5.0  # seconds between two looks at the recorded losses: each waits for t
 class Progress:
     """Show how far a run is: live bars on a terminal, plain lines elsewhere.
 
-    A step costs a look at the clock. The loss shown within an epoch is the last one that a plugin recorded
-    (``metrics`` does so every 50 steps). The bars are drawn between steps, not by a thread of their own, which worker
-    processes could not be forked beside safely.
+    A step costs a look at the clock. The loss shown within an epoch is the last that a plugin recorded as ``loss``. The
+    bars are drawn between steps, not by a thread of their own: worker processes could not be forked safely beside it.
     """
 
-    _bars: rich.progress.Progress | None = field(init=False, default=None)
+    _bars: Bars | None = field(init=False, default=None)
     _loss: float | None = field(init=False, default=None)
     _speed: str = field(init=False, default="")  # of the last training pass, as shown
-    # the pass over a split that is under way: batches before and since it began or was resumed, and when that was
-    _split: Literal["train", "test"] = field(init=False, default="train")
-    _before: int = field(init=False, default=0)
-    _batches: int = field(init=False, default=0)
+    _split: Literal["train", "test"] = field(init=False, default="train")  # what is passed over now
+    _before: int = field(init=False, default=0)  # batches of it that were done when the run was resumed
+    _batches: int = field(init=False, default=0)  # batches of it since
     _began: float = field(init=False, default=0.0)
-    # the run: how much of it was done when it began or was resumed, and when that was
-    _fraction: float = field(init=False, default=0.0)
-    _started: float = field(init=False, default=0.0)
+    _start: tuple[float, float] = field(init=False, default=(0.0, 0.0))  # when the run began, and how far it was then
     _next: float = field(init=False, default=inf)  # when to show something; never, outside of a run
     _next_loss: float = field(init=False, default=0.0)
 
     @hookimpl
     def fit_start(self, run: Run) -> None:
         """Start the clock, and the bars."""
-        self._started, self._fraction = perf_counter(), _fraction(run)
+        self._start = perf_counter(), _fraction(run)
         self._begin("train", run.batch_index)
-        self._next = self._started + LINE
+        self._next = self._began + LINE
         if run.console.is_interactive:
-            status = TextColumn("{task.fields[status]}", markup=False)
-            columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[count]}"), status)
-            self._bars = rich.progress.Progress(*columns, console=run.console, auto_refresh=False)
+            columns = TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[status]}", markup=False)
+            self._bars = Bars(*columns, console=run.console, auto_refresh=False)
             for name in ("epoch", "train"):
-                self._bars.add_task(name, count="", status="")
-            self._bars.start()
+                self._bars.add_task(name, total=1.0, status="")
             self._show(run)
+            self._bars.start()
 
     @hookimpl
     def epoch_start(self) -> None:
@@ -74,7 +68,7 @@ class Progress:
     def metrics(self, run: Run, split: Literal["train", "test"]) -> None:
         """Go on from training to testing."""
         if split == "train":
-            self._speed = self._images_per_second(run)
+            self._speed = self._speed_so_far(run)
             self._begin("test", 0)
 
     @hookimpl
@@ -87,7 +81,7 @@ class Progress:
         """Print the line of the epoch, where there are no bars."""
         if self._bars is None:
             values = [_value(name, value) for name, value in metrics.items() if name not in ("epoch", "step", "lr")]
-            self._print(run, f"epoch {metrics['epoch']:g}/{run.epochs}", *values, f"lr {metrics['lr']:g}", self._speed)
+            self._print(run, f"epoch {run.epoch + 1}/{run.epochs}", *values, f"lr {metrics['lr']:g}", self._speed)
 
     @hookimpl
     def fit_end(self, run: Run) -> None:
@@ -109,45 +103,36 @@ class Progress:
         if run.pending and now >= self._next_loss:
             run.flush_log()
             self._next_loss = now + LOSS
-        epoch = f"{min(run.epoch + 1, run.epochs)}/{run.epochs}"
         done, total = self._before + self._batches, len(run.batches[self._split])
-        loss = _value("loss", self._loss) if self._split == "train" and self._loss is not None else ""
-        speed = self._images_per_second(run)
+        where = f"epoch {min(run.epoch + 1, run.epochs)}/{run.epochs}", f"{self._split} {done}/{total}"
+        loss = self._loss if self._split == "train" else None  # that of a test batch is not recorded
+        pace = _join(self._speed_so_far(run), _value("loss", loss) if loss is not None else "")
         if self._bars is None:
-            self._print(run, f"epoch {epoch}", f"{self._split} {done}/{total}", loss, speed)
+            self._print(run, *where, pace)
             return
-        last = run.history[-1] if run.history else {}
-        status = _join(self._eta(run), *(_value(k, v) for k, v in last.items() if k.startswith("test_")))
-        first, second = self._bars.task_ids
-        self._bars.update(first, total=1.0, completed=_fraction(run), count=epoch, status=status)
-        self._bars.update(
-            second,
-            description=self._split,
-            total=total,
-            completed=done,
-            count=f"{done}/{total}",
-            status=_join(speed, loss),
-        )
+        last = (run.history or [{}])[-1].items()
+        status = _join(self._eta(run), *(_value(name, value) for name, value in last if name.startswith("test_")))
+        epochs, batches = self._bars.task_ids
+        self._bars.update(epochs, description=where[0], completed=_fraction(run), status=status)
+        self._bars.update(batches, description=where[1], total=total, completed=done, status=pace)
         self._bars.refresh()
         self._next = now + REFRESH
 
     def _print(self, run: Run, *parts: str) -> None:
-        run.console.print(Text(_join(*parts, self._eta(run))), soft_wrap=True)
+        run.console.out(_join(*parts, self._eta(run)), highlight=False)
         self._next = perf_counter() + LINE
 
-    def _images_per_second(self, run: Run) -> str:
-        batches = run.batches[self._split]
-        images = min((self._before + self._batches) * batches.batch_size, len(batches.split))
-        images -= self._before * batches.batch_size
-        speed = images / (perf_counter() - self._began)
-        return f"{speed:,.0f} img/s" if speed >= 10 else f"{speed:.1f} img/s" if speed else ""
+    def _speed_so_far(self, run: Run) -> str:
+        size, images = run.batches[self._split].batch_size, len(run.batches[self._split].split)
+        seen = min((self._before + self._batches) * size, images) - self._before * size
+        speed = seen / ((perf_counter() - self._began) or inf)
+        return f"{speed:,.0f} img/s" if speed >= 10 else f"{speed:.1f} img/s"
 
     def _eta(self, run: Run) -> str:
-        done = _fraction(run) - self._fraction
-        if done <= 0:
+        (start, before), now = self._start, _fraction(run)
+        if now <= before:
             return "eta -:--:--"
-        seconds = (perf_counter() - self._started) * (1 - _fraction(run)) / done
-        return f"eta {timedelta(seconds=round(seconds))}"
+        return f"eta {timedelta(seconds=round((perf_counter() - start) * (1 - now) / (now - before)))}"
 
 
 def _fraction(run: Run) -> float:

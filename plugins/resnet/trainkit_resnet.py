@@ -52,7 +52,7 @@ class ResNet:
         stages = len(self.blocks)
         for name, also in {"channels": stages, "kernel_sizes": 1, "shortcut_kernel_sizes": 1, "strides": 0}.items():
             if (found := len(getattr(self, name))) not in (stages, also):
-                raise ValueError(f"{name!r} has {found} values for {stages} stages; 'blocks' has one value a stage")
+                raise ValueError(f"{name!r} has length {found} and 'blocks' {stages}; give one value for each stage")
 
     @hookimpl
     def model(self, run: Run) -> nn.Module:

@@ -62,9 +62,12 @@ def _dispatch(argv: list[str]) -> int:
     if first == "--version":
         print(f"trainkit {__version__}")
         return 0
+    two_words = f"{first}.{argv[1]}" if len(argv) > 1 else ""
+    if two_words in installed(COMMANDS):  # `trainkit plugins new`: an action that a plugin adds to a command
+        first, argv = two_words, argv[1:]
     command = _command(first)
     parser = argparse.ArgumentParser(
-        prog=f"trainkit {first}",
+        prog=f"trainkit {first.replace('.', ' ')}",
         description=command.HELP,
         epilog=getattr(command, "EXAMPLES", None),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -90,7 +93,8 @@ def _command(name: str) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    commands = {**BUILT_IN, **{name: found[0].summary for name, found in installed(COMMANDS).items()}}
+    extra = {name.replace(".", " "): _first_sentence(found[0].summary) for name, found in installed(COMMANDS).items()}
+    commands = {**BUILT_IN, **extra}
     width = max(map(len, commands))
     listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in commands.items())
     parser = argparse.ArgumentParser(
@@ -103,6 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version")
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     return parser
+
+
+def _first_sentence(text: str) -> str:
+    return text[:1].lower() + text[1:].partition(":")[0].rstrip(".")
 
 
 def _report(caught: BaseException, message: str, code: int, show_traceback: bool) -> int:

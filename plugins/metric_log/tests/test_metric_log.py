@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from attrs import field
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainkit import TrainkitError, fit
@@ -63,6 +63,13 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder)
+    return folder
+
+
 def test_rows_come_in_order_and_the_table_has_whole_epochs_only(tmp_path):
     run = train(tmp_path, epochs=2)
     found = rows(tmp_path)
@@ -78,13 +85,13 @@ def test_rows_come_in_order_and_the_table_has_whole_epochs_only(tmp_path):
     )
 
 
-def test_the_same_run_writes_the_same_bytes(tmp_path):
-    for name in ("a", "b"):
-        train(tmp_path / name)
+def test_the_same_run_writes_the_same_bytes(tmp_path, whole):
+    train(tmp_path)
     for name in ("metrics.jsonl", "metrics.csv"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
 
 
+@settings(max_examples=30)  # each writes files
 @given(st.lists(st.floats(), min_size=1, max_size=5))
 def test_numbers_read_back_exactly_and_what_is_not_finite_is_null(tmp_path_factory, values):
     folder = tmp_path_factory.mktemp("run")
@@ -112,11 +119,11 @@ def test_metrics_of_some_epochs_only_leave_cells_empty(tmp_path):
     assert (tmp_path / "metrics.csv").read_text() == "epoch,test_loss\n1,\n2,0.5\n"
 
 
-@pytest.mark.parametrize("keep", [1, 4, 6, 8])
-@pytest.mark.parametrize("end", [{"stop": 10}, {"fail": 10}, {}])
-def test_a_resumed_run_has_no_row_twice_and_none_missing(tmp_path, keep, end):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(whole)
+@pytest.mark.parametrize(
+    ("keep", "end"), [(1, {"stop": 10}), (4, {"fail": 10}), (6, {"fail": 10}), (6, {}), (8, {"stop": 8})]
+)
+def test_a_resumed_run_has_no_row_twice_and_none_missing(tmp_path, whole, keep, end):
+    broken = tmp_path
     try:
         train(broken, keep=keep, **end)
     except TrainkitError:

@@ -1,0 +1,206 @@
+"""Nothing is lost: a run that is interrupted in any way continues to the same end, bit for bit."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from trainkit.cli import main
+from trainkit.rundir import RunDir, pack_state
+
+EVERY = ["plugins.checkpoint.every_steps=1"]
+FILES = ["metrics.jsonl", "metrics.csv"]
+
+
+@pytest.fixture
+def whole(small):
+    """A run that nothing interrupts, to compare with."""
+    assert main(["run", str(small), "--run-dir", "whole", *EVERY]) == 0
+    return small.parent / "whole"
+
+
+def assert_same_end(run_dir, whole):
+    mine, theirs = RunDir(run_dir).load_state("last"), RunDir(whole).load_state("last")
+    for key in ("model", "optimizer", "schedules", "history", "position"):
+        assert plain(mine[key]) == plain(theirs[key]), key
+    for name in FILES:
+        assert (run_dir / name).read_bytes() == (whole / name).read_bytes(), name
+    assert plain(RunDir(run_dir).load_state("best")["model"]) == plain(RunDir(whole).load_state("best")["model"])
+
+
+def plain(value):
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.tolist()
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def start(*arguments, **options):
+    command = [sys.executable, "-m", "trainkit", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def wait_for(path, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never appeared"
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_prints_the_command_that_continues(small, whole, number, code):
+    with start("run", small, "--run-dir", "out", "epochs=500") as process:
+        wait_for(small.parent / "out" / "checkpoints" / "last.pt")
+        process.send_signal(number)
+        printed = process.communicate(timeout=60)[0]
+    assert process.returncode == code
+    assert "trainkit resume out" in printed
+    result = json.loads((small.parent / "out" / "result.json").read_text())
+    assert (result["status"], result["reason"]) == ("stopped", number.name)
+
+
+def test_killed_at_twenty_random_moments_a_run_reaches_the_identical_end(small, whole):
+    chance = random.Random(0)
+    out = small.parent / "out"
+    saved = out / "checkpoints" / "last.pt"
+    command = ["run", small, "--run-dir", "out", *EVERY]
+    positions = []
+    for _ in range(20):
+        before = saved.stat().st_mtime_ns if saved.exists() else 0
+        with start(*command) as process:
+            while process.poll() is None and not (saved.exists() and saved.stat().st_mtime_ns != before):
+                time.sleep(0.001)
+            time.sleep(chance.random() * 0.03)  # inside a step, or while a file is being written
+            process.kill()
+            process.communicate()
+        positions.append(RunDir(out).load_state("last")["position"]["step"])
+        command = ["resume", "out"]
+        if positions[-1] == 12:  # at its end; a new start makes room for more kills
+            shutil.rmtree(out)
+            command = ["run", small, "--run-dir", "out", *EVERY]
+    assert len(set(positions)) > 5, positions
+    assert main(command) == 0
+    assert_same_end(out, whole)
+
+
+@pytest.mark.parametrize("damage", [lambda d: d[:-50], lambda d: b"", lambda d: d[:99] + bytes([d[99] ^ 1]) + d[100:]])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(small, whole, capsys, damage):
+    out = small.parent / "out"
+    assert main(["run", str(small), "--run-dir", "out", *EVERY, "max_steps=9"]) == 0
+    last = out / "checkpoints" / "last.pt"
+    last.write_bytes(damage(last.read_bytes()))
+    assert main(["resume", "out", "max_steps=null"]) == 0
+    printed = capsys.readouterr().out
+    assert "damaged" in printed
+    assert "previous.pt" in printed
+
+
+def test_both_damaged_is_one_error(small, capsys):
+    assert main(["run", str(small), "--run-dir", "out"]) == 0
+    for name in ("last", "previous"):
+        (small.parent / "out" / "checkpoints" / f"{name}.pt").write_bytes(b"")
+    capsys.readouterr()
+    assert main(["resume", "out"]) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_a_moved_run_continues(small, whole):
+    with start("run", small, "--run-dir", "out", *EVERY) as process:
+        wait_for(small.parent / "out" / "checkpoints" / "last.pt")
+        process.kill()
+    shutil.move(small.parent / "out", small.parent / "elsewhere")
+    assert main(["resume", "elsewhere"]) == 0
+    assert_same_end(small.parent / "elsewhere", whole)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("plugins.sgd.lr=0.2", "plugins.sgd.lr was 0.1 and is 0.2"),
+        ("plugins.lookahead=false", "plugins.lookahead was dropped"),
+        ("plugins.grad_clip={}", "plugins.grad_clip was added"),
+        ("seed=4", "seed was 0 and is 4"),
+        ("batch_size=128", "batch_size was 256 and is 128"),
+        ("plugins.digits.test_fraction=0.3", "data.train was"),
+    ],
+)
+def test_what_would_change_the_result_is_refused_by_name(small, capsys, override, said):
+    assert main(["run", str(small), "--run-dir", "out", "epochs=1"]) == 0
+    capsys.readouterr()
+    assert main(["resume", "out", override, "epochs=2"]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert "--allow-changes" in captured.err
+
+
+def test_allowed_changes_are_recorded(small):
+    assert main(["run", str(small), "--run-dir", "out", "epochs=1"]) == 0
+    assert main(["resume", "out", "plugins.grad_clip={}", "epochs=2", "--allow-changes"]) == 0
+    result = json.loads((small.parent / "out" / "result.json").read_text())
+    assert result["resumed"] == [{"epoch": 1, "step": 6, "changes": ["plugins.grad_clip was added"]}]
+    assert result["epochs"] == 2
+
+
+def test_more_epochs_extend_a_finished_run(small):
+    assert main(["run", str(small), "--run-dir", "out"]) == 0
+    assert main(["resume", "out", "epochs=4"]) == 0
+    rows = [json.loads(line) for line in (small.parent / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in rows if "test_loss" in r] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_it(small, capsys):
+    assert main(["run", str(small), "--run-dir", "out", "epochs=1"]) == 0
+    size = (small.parent / "out" / "checkpoints" / "last.pt").stat().st_size
+    before = (small.parent / "out" / "checkpoints" / "last.pt").read_bytes()
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    with start("resume", "out", "epochs=2", preexec_fn=limit) as process:
+        printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert "File too large" in printed
+    assert (small.parent / "out" / "checkpoints" / "last.pt").read_bytes() == before
+    assert main(["resume", "out"]) == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind the superuser")
+def test_a_read_only_directory_is_one_clear_error(small, capsys):
+    assert main(["run", str(small), "--run-dir", "out", "epochs=1"]) == 0
+    (small.parent / "out").chmod(0o500)
+    assert main(["resume", "out", "epochs=2"]) == 1
+    assert "Permission denied" in capsys.readouterr().err
+
+
+def test_a_second_process_on_one_directory_is_refused(small):
+    with start("run", small, "--run-dir", "out", "epochs=1000") as process:
+        wait_for(small.parent / "out" / "checkpoints" / "last.pt")
+        with start("resume", "out") as second:
+            printed = second.communicate(timeout=60)[0]
+        process.kill()
+    assert second.returncode == 2
+    assert "another process" in printed
+
+
+def test_a_strangers_checkpoint_runs_nothing(small, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (open, ("owned", "w"))
+
+    assert main(["run", str(small), "--run-dir", "out", "epochs=1"]) == 0
+    for name in ("last", "previous", "best"):
+        RunDir(small.parent / "out").write(f"checkpoints/{name}.pt", pack_state({"model": Evil()}))
+    assert main(["resume", "out"]) == 2
+    assert main(["evaluate", "out"]) == 2
+    assert "refused" in capsys.readouterr().err
+    assert not (small.parent / "owned").exists()
