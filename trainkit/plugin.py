@@ -3,13 +3,22 @@
 Nothing here imports torch: a plugin decides for itself what it needs.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar, dataclass_transform
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 import attrs
 import pluggy
 
-__all__ = ["hookimpl", "plugin"]
+from trainkit.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["hookimpl", "matching_modules", "plugin"]
 
 C = TypeVar("C", bound=type)
 
@@ -34,3 +43,28 @@ def plugin(cls: C) -> C:
     * ``hookspecs``: classes of :func:`trainkit.hookspec` methods that it offers to other plugins.
     """
     return _define(cls)  # type: ignore[no-any-return]
+
+
+def matching_modules(model: nn.Module, patterns: Iterable[str], key: str) -> dict[str, nn.Module]:
+    """Return the modules whose paths match one of the patterns, by path, in the network's own order.
+
+    Args:
+        model: the network.
+        patterns: shell patterns, component by component: in ``stages.*.*.bn2`` each ``*`` is one component of a path.
+        key: the option that holds the patterns, for the error.
+
+    Raises:
+        RecipeError: a pattern matches nothing.
+    """
+    modules = {path: module for path, module in model.named_modules() if path}
+    matched = set()
+    for pattern in patterns:
+        parts = pattern.split(".")
+        found = [p for p in modules if p.count(".") + 1 == len(parts) and all(map(fnmatchcase, p.split("."), parts))]
+        if not found:
+            near = ", ".join(repr(p) for p in get_close_matches(pattern, modules, n=5, cutoff=0.3)) or "none"
+            raise RecipeError(
+                f"{key!r}: {pattern!r} matches no module of the network; modules with similar paths: {near}"
+            )
+        matched.update(found)
+    return {path: module for path, module in modules.items() if path in matched}

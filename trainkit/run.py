@@ -84,6 +84,11 @@ class Run:
         return len(self.batches["train"])
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the network sees, after the training transforms."""
+        return self.data.shape[0], *self.transforms["train"].sizes(self.data.shape[1:])[-1]
+
+    @property
     def finished(self) -> bool:
         """Whether all epochs, or the recipe's ``max_steps``, are done."""
         limit = self.recipe.max_steps

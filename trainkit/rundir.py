@@ -25,6 +25,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -226,6 +227,17 @@ def environment() -> dict[str, Any]:
     """Return what else a number depends on: interpreter, packages, processor, devices, threads, source revision."""
     import torch
 
+    return {
+        **_fixed(),
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "revision": _revision(),
+    }
+
+
+@cache
+def _fixed() -> dict[str, Any]:
+    """What does not change while the process lives."""
     names = ("trainkit", "torch", "torchvision", "numpy", "pluggy", "attrs", "omegaconf", "pillow")
     versions = {}
     for name in names:
@@ -237,10 +249,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": versions,
-        "revision": _revision(),
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
@@ -200,6 +200,10 @@ class Trainer:
                 if self.forward_end:
                     self.forward_end(run, prepared, output, loss)
             metrics = self.gather_metrics("test")
+        except BaseException:
+            with suppress(Exception):  # what was gathered of a failed test must not count in the next one
+                self.gather_metrics("test")
+            raise
         finally:
             run.split = "train"
             model.train(was_training)
@@ -282,8 +286,11 @@ def _fit(run: Run, run_dir: RunDir, test_batches: int | None) -> Result:
                 if fit_start := run.hooks.notify("fit_start"):
                     fit_start(run)
                 trainer.train()
+                run.flush_log()
             except BaseException as caught:
                 error = caught
+                with suppress(Exception):  # what was seen before the failure; a lost device cannot tell
+                    run.flush_log()
                 raise
             finally:
                 _fit_end(run, error)

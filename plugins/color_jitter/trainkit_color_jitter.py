@@ -35,12 +35,23 @@ def _amount(instance: object, attribute: "attrs.Attribute[Any]", value: Amount) 
         )
 
 
+def _hue_table() -> Tensor:
+    """Return Pillow's 8-bit hues, uint8 [511 * 511], which depend on ``511 (r - g) + (g - b) + 255 * 512`` only."""
+    rg, gb = np.mgrid[-255:256, -255:256]
+    rgb = np.stack([rg + gb, gb, 0 * gb])
+    r, g, b = (rgb.max(0) - rgb).astype(np.float32) / np.maximum(np.ptp(rgb, 0), 1).astype(np.float32)
+    # Like Pillow in float64 from float32 and back: it makes some hues one less than they are.
+    sixths = np.where(r == 0, b - g, np.where(g == 0, 2 + r.astype(float) - b, 4 + g.astype(float) - r))
+    turns = np.fmod(sixths.astype(np.float32).astype(float) / 6 + 1, 1).astype(np.float32)
+    return torch.from_numpy((turns.astype(float) * 255).astype(np.uint8).ravel())
+
+
 @plugin
 class ColorJitter(Map):
     """Change brightness, contrast, saturation and hue of each training image, as torchvision's ColorJitter does.
 
     Each image has its own factors and its own order of the operations. Byte for byte what Pillow gives for the same
-    parameters, of RGB and of gray images, whose saturation and hue stay as they are. 0 turns an operation off.
+    parameters, for RGB images and for gray ones, whose saturation and hue stay as they are. 0 turns an operation off.
 
     Args:
         brightness: factors are uniform in [max(0, 1 - brightness), 1 + brightness], or in [least, greatest].
@@ -55,7 +66,7 @@ class ColorJitter(Map):
     contrast: Amount = field(default=0, validator=_amount)
     saturation: Amount = field(default=0, validator=_amount)
     hue: Amount = field(default=0, validator=_amount)
-    _hues: Tensor = field(init=False, factory=lambda: _hues())
+    _hues: Tensor = field(init=False, factory=_hue_table)
 
     @hookimpl
     def transforms(self, run: Run, split: Literal["train", "test"]) -> Map | None:
@@ -92,7 +103,7 @@ class ColorJitter(Map):
 
         Images are not grouped by operation, which would make a GPU wait. Three operations are one: a blend with
         operands of each image's own, which a factor of 1 makes idle. Hue comes once, for all images at the same time,
-        between the blends that precede it and those that follow; half of these are idle, a quarter of all work.
+        between the blends that precede it and those that follow; for each image half of these blends are idle.
         """
         order, factor = params["order"], params["factor"]
         steps = range(order.shape[1])
@@ -133,18 +144,7 @@ def _turn(values: Tensor, shift: Tensor, hues: Tensor) -> None:
     index = r.mul(511).add_(g, alpha=-510).sub_(b).add_(255 * 512).to(torch.int32).flatten()
     angle = (hues.index_select(0, index).view(r.shape) + shift.view(-1, 1, 1)).float().mul_(2)
     saturation = (value - least).mul_(255).add_(0.5).div_(value.clamp(min=1)).floor_()
-    depth, top = saturation.mul_(value), value.mul(21675).add_(10837)
+    depth, top = saturation.mul_(value).neg_(), value.mul(21675).add_(10837)
     for channel, center, sign, offset in ((r, 255, -1, 170), (g, 170, 1, -85), (b, 340, 1, -85)):
-        torch.sub(angle, center, out=channel).abs_().mul_(sign).add_(offset).clamp_(0, 85).mul_(depth)
-        torch.sub(top, channel, out=channel).mul_(1 / 21675).floor_()
-
-
-def _hues() -> Tensor:
-    """Return Pillow's 8-bit hues, uint8 [511 * 511], which depend on ``511 (r - g) + (g - b) + 255 * 512`` only."""
-    rg, gb = np.mgrid[-255:256, -255:256]
-    rgb = np.stack([rg + gb, gb, 0 * gb])
-    r, g, b = (rgb.max(0) - rgb).astype(np.float32) / np.maximum(np.ptp(rgb, 0), 1).astype(np.float32)
-    # Like Pillow in float64 from float32 and back: it makes some hues one less than they are.
-    sixths = np.where(r == 0, b - g, np.where(g == 0, 2 + r.astype(float) - b, 4 + g.astype(float) - r))
-    turns = np.fmod(sixths.astype(np.float32).astype(float) / 6 + 1, 1).astype(np.float32)
-    return torch.from_numpy((turns.astype(float) * 255).astype(np.uint8).ravel())
+        distance = (angle - center).abs_().mul_(sign).add_(offset).clamp_(0, 85)
+        channel.copy_(distance.mul_(depth).add_(top).mul_(1 / 21675).floor_())

@@ -1,15 +1,12 @@
 """Kernels shared between convolutions."""
 
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
-
 from attrs import field
 from attrs.validators import min_len
 from torch import nn
 
 from trainkit import Run
 from trainkit.errors import RecipeError
-from trainkit.plugin import hookimpl, plugin
+from trainkit.plugin import hookimpl, matching_modules, plugin
 
 __all__ = ["KernelSharing"]
 
@@ -37,9 +34,9 @@ class KernelSharing:
         Raises:
             RecipeError: a pattern matches no module, or only modules in which there is nothing to share.
         """
-        modules = {path: module for path, module in model.named_modules() if path}
         for pattern in self.within:
-            lines = [line for path in _matches(pattern, list(modules)) for line in _share(path, modules[path])]
+            modules = matching_modules(model, [pattern], "within")
+            lines = [line for path, module in modules.items() for line in _share(path, module)]
             if not lines:
                 raise RecipeError(
                     f"'within': there is nothing to share within {pattern!r}: no two convolutions in it have the same "
@@ -70,17 +67,3 @@ def _share(path: str, within: nn.Module) -> list[str]:
             f"share one kernel ({sum(kernel.numel() for kernel in own):,} fewer parameters)"
         )
     return lines
-
-
-def _matches(pattern: str, paths: list[str]) -> list[str]:
-    """Return the module paths that match a pattern, component by component.
-
-    Raises:
-        RecipeError: none does.
-    """
-    parts = pattern.split(".")
-    found = [p for p in paths if len(p.split(".")) == len(parts) and all(map(fnmatchcase, p.split("."), parts))]
-    if not found:
-        near = ", ".join(repr(p) for p in get_close_matches(pattern, paths, n=5, cutoff=0.3))
-        raise RecipeError(f"'within': {pattern!r} matches no module of the network; modules with similar paths: {near}")
-    return found

@@ -50,7 +50,7 @@ class ModelSummary:
     @hookimpl
     def fit_start(self, run: Run) -> None:
         """Print the table."""
-        shape = run.data.shape[0], *run.transforms["train"].sizes(run.data.shape[1:])[-1]
+        shape = run.image_shape
         run.console.print(render(summarize(run.model, shape), f"{run.recipe.name}, {_times(shape)} images"))
 
 

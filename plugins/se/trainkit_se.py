@@ -2,8 +2,6 @@
 
 import copy
 from collections import OrderedDict
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from trainkit import Run
 from trainkit.errors import RecipeError
-from trainkit.plugin import hookimpl, plugin
+from trainkit.plugin import hookimpl, matching_modules, plugin
 
 __all__ = ["SE", "SqueezeExcitation"]
 
@@ -45,9 +43,8 @@ class SE:
             RecipeError: a pattern matches nothing, or something after which there is no place for
                 squeeze-and-excitation.
         """
-        modules = {path: module for path, module in model.named_modules() if path}
-        matched = {path for pattern in self.after for path in _matches(pattern, list(modules))}
-        channels = _channels(model, [path for path in modules if path in matched], run)
+        modules = matching_modules(model, self.after, "after")
+        channels = _channels(model, list(modules), run)
         for path in reversed(channels):  # inner modules before outer ones, so that paths stay true
             if channels[path] < self.reduction:
                 raise RecipeError(
@@ -82,20 +79,6 @@ class SqueezeExcitation(nn.Module):
         return x * gate[:, :, None, None]
 
 
-def _matches(pattern: str, paths: list[str]) -> list[str]:
-    """Return the module paths that match a pattern, component by component.
-
-    Raises:
-        RecipeError: none does.
-    """
-    parts = pattern.split(".")
-    found = [p for p in paths if len(p.split(".")) == len(parts) and all(map(fnmatchcase, p.split("."), parts))]
-    if not found:
-        near = ", ".join(repr(p) for p in get_close_matches(pattern, paths, n=5, cutoff=0.3))
-        raise RecipeError(f"'after': {pattern!r} matches no module of the network; modules with similar paths: {near}")
-    return found
-
-
 def _channels(model: nn.Module, paths: list[str], run: Run) -> dict[str, int]:
     """Return how many channels the modules give, as seen in one forward pass of a blank image.
 
@@ -106,9 +89,8 @@ def _channels(model: nn.Module, paths: list[str], run: Run) -> dict[str, int]:
     trial = copy.deepcopy(model).eval()
     for path in paths:
         trial.get_submodule(path).register_forward_hook(partial(_record, seen[path]))
-    size = run.transforms["train"].sizes(run.data.shape[1:])[-1]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        trial(torch.zeros(1, run.data.shape[0], *size))
+        trial(torch.zeros(1, *run.image_shape))
     for path, shapes in seen.items():
         if len(shapes) != 1 or len(shapes[0]) != 4:
             raise RecipeError(

@@ -10,7 +10,7 @@ from trainkit.testing import build_run, parameters_of, run_steps
 from trainkit.trainer import fit
 from trainkit_adamw import AdamW
 
-USUAL = {"lr": 0.01, "weight_decay": 5e-4}
+USUAL = {"lr": 0.01, "weight_decay": 0.05}
 
 
 @plugin
@@ -92,6 +92,14 @@ def test_fused_form_is_right_in_channels_last_memory():
 def test_no_fused_form_where_torch_has_none():
     assert not AdamW().optimizer([torch.nn.Parameter(torch.zeros(2, device="meta"))]).defaults["fused"]
     assert not AdamW().optimizer([torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))]).defaults["fused"]
+
+
+def test_decay_is_apart_from_the_gradient():
+    weight = torch.nn.Parameter(torch.tensor([2.0, -3.0]))
+    optimizer = AdamW(lr=0.1, weight_decay=0.5).optimizer([weight])
+    weight.grad = torch.zeros(2)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([2.0, -3.0]) * (1 - 0.1 * 0.5))
 
 
 def test_defaults_are_torchs():

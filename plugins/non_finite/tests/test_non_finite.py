@@ -65,7 +65,7 @@ class Stop:
 
 
 def train_poisoned(tmp_path, poison, watch=None, **others):
-    run = build_run({**others, "poison": poison, "non_finite": NonFinite(), "watch": watch or Watch()}, epochs=3)
+    run = build_run({**others, "poison": poison, "watch": watch or Watch(), "non_finite": NonFinite()}, epochs=3)
     with pytest.raises(RunError) as caught:
         fit(run, tmp_path / "run")
     return run, str(caught.value)
@@ -130,7 +130,7 @@ def test_the_learning_rate_is_the_one_that_the_optimizer_used(tmp_path):
 
 
 def _losses(values):
-    """Return a plugin whose loss functions adds a constant to each batch's loss; the gradients stay what they are."""
+    """Return a plugin whose loss function adds a constant to each batch's loss; the gradients stay what they are."""
 
     @plugin
     class Losses:
@@ -207,29 +207,28 @@ def test_it_must_be_listed_above_grad_clip():
 
 
 class LateEvent:
-    """Stands for the event of a GPU that is a number of steps behind."""
+    """Stands for an event of a GPU that is a number of steps behind the host."""
 
-    def __init__(self, delay):
-        self.delay = delay
+    def __init__(self, number, delay, events):
+        self.number, self.delay, self.events = number, delay, events
         self.waited = False
 
     def query(self):
-        self.delay -= 1
-        return self.delay < 0
+        return len(self.events) - self.number > self.delay
 
     def synchronize(self):
-        self.waited = self.delay >= 0
+        self.waited = not self.query()
 
 
 @pytest.fixture
 def late(monkeypatch):
-    """Let values arrive only after so many looks at each; returns the events."""
+    """Let values arrive only so many steps later; returns the events."""
 
     def install(delay):
         events = []
 
         def to_host(values):
-            events.append(LateEvent(delay))
+            events.append(LateEvent(len(events), delay, events))
             return values.clone(), events[-1]
 
         monkeypatch.setattr(trainkit_non_finite, "_to_host", to_host)
@@ -239,7 +238,7 @@ def late(monkeypatch):
 
 
 def test_on_a_gpu_the_failure_comes_when_the_values_do_and_names_their_step(tmp_path, late):
-    events = late(1)  # each is there when the next step looks
+    events = late(1)
     run, message = train_poisoned(tmp_path, Poison(step=2), Watch(every=100))
     assert "step 2 (epoch 1) is not finite" in message
     assert "in 1 of 5 parameters: 0.weight)" in message  # although by now all gradients are

@@ -12,13 +12,11 @@ from trainkit import Map
 from trainkit.errors import RecipeError
 from trainkit.plugin import hookimpl, plugin
 from trainkit.testing import build_run, run_steps
-from trainkit.transforms import Pipeline
 from trainkit_se import SE, SqueezeExcitation
 
 
 def insert(model, *after, shape=(3, 32, 32), **options):
-    run = SimpleNamespace(data=SimpleNamespace(shape=shape), transforms={"train": Pipeline([])})
-    return SE(after=list(after), **options).transform_model(run, model)
+    return SE(after=list(after), **options).transform_model(SimpleNamespace(image_shape=shape), model)
 
 
 def paths_of_se(model):

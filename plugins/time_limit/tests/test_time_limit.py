@@ -69,14 +69,15 @@ def test_a_run_within_its_time_completes(tmp_path, clock):
 def test_a_stopped_run_continues_exactly_and_has_its_time_again(tmp_path, clock):
     whole = build_run({}, epochs=2)
     fit(whole, tmp_path / "whole")
-    state, parts = None, 0
-    while state is None or run.stop_reason:
+    state, statuses = None, []
+    while "completed" not in statuses:
         run = build_run({"clock": clock, "time_limit": TimeLimit(limit="3m")}, epochs=2)
         if state is not None:
             run.load_state_dict(state)
-        fit(run, tmp_path / str(parts))
-        state, parts = run.state_dict(), parts + 1
-    assert (run.epoch, run.step, parts) == (2, 8, 5)
+        statuses.append(fit(run, tmp_path / str(len(statuses))).status)
+        state = run.state_dict()
+    assert (run.epoch, run.step) == (2, 8)
+    assert statuses == [*["stopped"] * 4, "completed"]  # at steps 3, 4 (while testing), 5, 8, and the last test
     assert all(map(torch.equal, parameters_of(whole), parameters_of(run)))
 
 

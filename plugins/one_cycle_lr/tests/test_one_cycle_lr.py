@@ -1,0 +1,185 @@
+import io
+import math
+
+import pytest
+import torch
+from attrs import field
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainkit.errors import PluginError, RecipeError
+from trainkit.plugin import hookimpl, plugin
+from trainkit.recipe import from_dict, make_options
+from trainkit.testing import build_run, parameters_of, run_steps
+from trainkit.trainer import fit
+from trainkit_one_cycle_lr import OneCycleLR
+
+
+@plugin
+class Optimizer:
+    """An optimizer with a momentum to cycle."""
+
+    name: str = "sgd"
+
+    @hookimpl
+    def optimizer(self, params):
+        if self.name == "adam":
+            return torch.optim.Adam(params)
+        return torch.optim.SGD(params, lr=0.5, momentum=0.1)
+
+
+@plugin
+class Watch:
+    """Notes rate and momentum of each step, and keeps a checkpoint of one in memory."""
+
+    seen: list = field(factory=list)
+    save_at: int = -1
+    file: io.BytesIO | None = None
+
+    @hookimpl
+    def gradients_ready(self, run):
+        (group,) = run.optimizer.param_groups
+        self.seen.append((group["lr"], group["betas"][0] if "betas" in group else group["momentum"]))
+
+    @hookimpl
+    def safe_point(self, run):
+        if run.step == self.save_at and run.batch_index:
+            torch.save(run.state_dict(), self.file)
+
+
+def plugins(watch, optimizer="sgd", **options):
+    return {"optimizer": Optimizer(name=optimizer), "one_cycle_lr": OneCycleLR(**options), "watch": watch}
+
+
+def seen(steps, epochs=1000, optimizer="sgd", **options):
+    watch = Watch()
+    run = run_steps(plugins(watch, optimizer, **options), steps=steps, epochs=epochs)
+    return watch.seen, run
+
+
+def torchs(steps, optimizer="sgd", **options):
+    """torch's own scheduler, in a plain loop."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    made = Optimizer(name=optimizer).optimizer([weight])
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(made, **options)
+    (group,), found = made.param_groups, []
+    for number in range(steps):
+        found.append((group["lr"], group["betas"][0] if "betas" in group else group["momentum"]))
+        made.step()
+        if number + 1 < steps:
+            scheduler.step()
+    return found
+
+
+@given(
+    st.fixed_dictionaries(
+        {"max_lr": st.floats(0.01, 1), "pct_start": st.floats(0.2, 0.45)},
+        optional={
+            "anneal_strategy": st.sampled_from(["cos", "linear"]),
+            "cycle_momentum": st.booleans(),
+            "base_momentum": st.floats(0.5, 0.8),
+            "max_momentum": st.floats(0.8, 0.99),
+            "div_factor": st.floats(1, 100),
+            "final_div_factor": st.floats(1, 1e5),
+            "three_phase": st.booleans(),
+        },
+    ),
+    st.sampled_from(["sgd", "adam"]),
+)
+@settings(max_examples=12)
+def test_rates_and_momenta_are_exactly_torchs(options, optimizer):
+    options |= {"total_steps": 14}
+    found, _ = seen(14, optimizer=optimizer, **options)
+    assert found == torchs(14, optimizer=optimizer, **options)
+
+
+def test_the_cycle_is_the_documented_one():
+    found, _ = seen(11, max_lr=0.5, total_steps=11, pct_start=5 / 11, anneal_strategy="linear", final_div_factor=100)
+    rates = [lr for lr, _ in found]
+    rise = [0.02 + (0.5 - 0.02) * i / 4 for i in range(5)]
+    fall = [0.5 + (0.0002 - 0.5) * i / 6 for i in range(1, 7)]
+    assert rates == pytest.approx(rise + fall)
+    assert [m for _, m in found] == pytest.approx(
+        [0.95 - 0.1 * i / 4 for i in range(5)] + [0.85 + 0.1 * i / 6 for i in range(1, 7)]
+    )
+
+
+def test_by_default_it_spans_the_whole_run():
+    found, run = seen(12, epochs=3, max_lr=0.1)
+    assert found == torchs(12, max_lr=0.1, total_steps=12)
+    assert run.history[-1]["lr"] == pytest.approx(0.1 / 25 / 1e4)
+
+
+@pytest.mark.parametrize("strategy", ["cos", "linear"])
+def test_beyond_the_cycle_the_rate_stays_at_its_end(strategy):
+    found, run = seen(10, max_lr=0.1, total_steps=6, anneal_strategy=strategy)
+    assert found[6:] == [found[5]] * 4
+    assert found[5][0] == pytest.approx(0.1 / 25 / 1e4)
+    assert run.optimizer.param_groups[0]["lr"] == found[5][0]
+
+
+@pytest.mark.parametrize("pct_start", [0, 1])
+def test_a_cycle_may_only_fall_or_only_rise(pct_start):
+    found, _ = seen(8, max_lr=0.1, total_steps=8, pct_start=pct_start)
+    rates = [lr for lr, _ in found]
+    assert all(math.isfinite(lr) and lr > 0 for lr in rates)
+    assert rates == sorted(rates, reverse=pct_start == 0)
+    assert max(rates) == pytest.approx(0.1, rel=0.1)
+
+
+def test_continues_exactly_from_a_checkpoint_within_an_epoch(tmp_path):
+    file = io.BytesIO()
+    options = {"max_lr": 0.1, "total_steps": 14}
+    whole, rest = Watch(save_at=6, file=file), Watch()
+    finished = run_steps(plugins(whole, **options), steps=14)
+    run = build_run(plugins(rest, **options), epochs=1000, max_steps=14)
+    file.seek(0)
+    run.load_state_dict(torch.load(file, weights_only=True))
+    fit(run, tmp_path / "run")
+    assert rest.seen == whole.seen[6:]
+    assert all(map(torch.equal, parameters_of(finished), parameters_of(run)))
+
+
+def test_an_optimizer_without_momentum_says_what_to_set():
+    @plugin
+    class Adagrad:
+        @hookimpl
+        def optimizer(self, params):
+            return torch.optim.Adagrad(params)
+
+    with pytest.raises(RecipeError, match=r"Adagrad has neither a momentum nor betas.*set cycle_momentum: false"):
+        build_run({"adagrad": Adagrad(), "one_cycle_lr": OneCycleLR(max_lr=0.1)})
+    build_run({"adagrad": Adagrad(), "one_cycle_lr": OneCycleLR(max_lr=0.1, cycle_momentum=False)})
+
+
+@pytest.mark.parametrize("three_phase", [False, True])
+def test_a_rise_of_one_step_is_one_clear_error(three_phase):
+    cycle = OneCycleLR(max_lr=0.1, total_steps=10, pct_start=0.1, three_phase=three_phase)
+    with pytest.raises(RecipeError, match="'pct_start': 0.1 of 10 steps is one step"):
+        build_run({"optimizer": Optimizer(), "one_cycle_lr": cycle})
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({}, "max_lr"),
+        ({"max_lr": 0}, "max_lr"),
+        ({"max_lr": 0.1, "total_steps": 0}, "total_steps"),
+        ({"max_lr": 0.1, "pct_start": 1.1}, "pct_start"),
+        ({"max_lr": 0.1, "anneal_strategy": "exp"}, "anneal_strategy"),
+        ({"max_lr": 0.1, "base_momentum": 1}, "base_momentum"),
+        ({"max_lr": 0.1, "max_momentum": -0.1}, "max_momentum"),
+        ({"max_lr": 0.1, "div_factor": 0}, "div_factor"),
+        ({"max_lr": 0.1, "final_div_factor": 0}, "final_div_factor"),
+    ],
+)
+def test_wrong_options_are_one_clear_error(options, key):
+    recipe = from_dict({"name": "r", "epochs": 1, "batch_size": 1, "plugins": {"one_cycle_lr": options}})
+    with pytest.raises(RecipeError, match=rf"plugins\.one_cycle_lr\.{key}"):
+        make_options(recipe, "one_cycle_lr", OneCycleLR)
+
+
+def test_a_run_has_one_schedule():
+    cycle = {"optimizer": Optimizer(), "first": OneCycleLR(max_lr=0.1), "second": OneCycleLR(max_lr=0.1)}
+    with pytest.raises(PluginError, match="lr_schedule"):
+        build_run(cycle)

@@ -1,0 +1,182 @@
+import io
+
+import pytest
+import torch
+from attrs import field
+
+from trainkit import fit
+from trainkit.errors import RecipeError
+from trainkit.plugin import hookimpl, plugin
+from trainkit.testing import build_run, parameters_of, run_steps
+from trainkit_weight_decay_groups import WeightDecayGroups
+
+# The default network: 0.weight is a convolution, 1.* a batch norm, 5.* a linear layer.
+MATRICES, VECTORS = ["0.weight", "5.weight"], ["1.weight", "1.bias", "5.bias"]
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.3, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.8, 0.9), weight_decay=0.3),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, eps=1e-3, weight_decay=0.3),
+}
+
+
+@plugin
+class Optimizer:
+    make: object = field(default=OPTIMIZERS["sgd"])
+
+    @hookimpl
+    def optimizer(self, params):
+        return self.make(params)
+
+
+@plugin
+class Slow:
+    """Wraps the optimizer, as Lookahead does, with shared groups and slow weights that begin at the first step."""
+
+    @hookimpl
+    def transform_optimizer(self, optimizer):
+        return Wrapper(optimizer)
+
+
+class Wrapper(torch.optim.Optimizer):
+    def __init__(self, base):
+        super().__init__(base.param_groups, base.defaults)
+        self.base = base
+        self.param_groups, self.state = base.param_groups, base.state
+        self.slow = None
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        fast = [p for group in self.param_groups for p in group["params"]]
+        self.slow = self.slow or [p.clone() for p in fast]
+        self.base.step(closure)
+        for slow, p in zip(self.slow, fast, strict=True):
+            slow += 0.5 * (p - slow)
+            p.copy_(slow)
+
+
+def plugins(make=OPTIMIZERS["sgd"], skip=()):
+    return {"optimizer": Optimizer(make=make), "weight_decay_groups": WeightDecayGroups(skip=list(skip))}
+
+
+def groups(run):
+    """Return the names of the parameters of each group and its weight decay."""
+    names = {p: name for name, p in run.model.named_parameters()}
+    return [([names[p] for p in g["params"]], g["weight_decay"]) for g in run.optimizer.param_groups]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_vectors_go_to_a_group_without_decay_that_is_else_the_same(kind):
+    plain, run = build_run({"optimizer": Optimizer(make=OPTIMIZERS[kind])}), build_run(plugins(OPTIMIZERS[kind]))
+    assert groups(run) == [(MATRICES, 0.3), (VECTORS, 0.0)]
+    assert type(run.optimizer) is type(plain.optimizer)
+    (whole,) = plain.optimizer.param_groups
+    for group in run.optimizer.param_groups:
+        assert {**group, "params": None, "weight_decay": None} == {**whole, "params": None, "weight_decay": None}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_trains_as_an_optimizer_that_is_given_two_groups(kind):
+    def two_groups(params):
+        matrices, vectors = [p for p in params if p.ndim > 1], [p for p in params if p.ndim == 1]
+        return OPTIMIZERS[kind]([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
+
+    ours = run_steps(plugins(OPTIMIZERS[kind]), steps=6)
+    by_hand = run_steps({"optimizer": Optimizer(make=two_groups)}, steps=6)
+    assert all(map(torch.equal, parameters_of(ours), parameters_of(by_hand)))
+
+
+@pytest.mark.parametrize(
+    ("skip", "spared"),
+    [
+        (["5.weight"], ["5.weight"]),
+        (["5.*"], ["5.weight"]),
+        (["0.*", "*.weight"], ["0.weight", "5.weight"]),
+        (["1.bias"], []),
+    ],
+)
+def test_named_parameters_are_spared_too(skip, spared):
+    run = build_run(plugins(skip=skip))
+    order = [name for name, _ in run.model.named_parameters()]
+    expected = [name for name in order if name in VECTORS or name in spared]
+    rest = [name for name in order if name not in expected]
+    assert groups(run) == ([(rest, 0.3), (expected, 0.0)] if rest else [(expected, 0.0)])
+
+
+def test_a_shared_parameter_is_found_by_any_of_its_names():
+    @plugin
+    class Tied:
+        @hookimpl
+        def model(self):
+            model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4), *[torch.nn.Linear(4, 4)] * 2)
+            model[3] = torch.nn.Linear(4, 4, bias=False)
+            model[3].weight = model[2].weight
+            return model
+
+    run = build_run({"tied": Tied(), **plugins(skip=["3.weight"])})
+    assert groups(run) == [(["1.weight"], 0.3), (["1.bias", "2.weight", "2.bias"], 0.0)]
+
+
+def test_each_group_is_split_and_one_without_decay_is_left_alone():
+    def three_groups(p):  # in the model's order: 0.weight, 1.weight, 1.bias, 5.weight, 5.bias
+        return torch.optim.SGD(
+            [{"params": p[:2], "lr": 0.5}, {"params": p[2:3]}, {"params": p[3:], "weight_decay": 0.0}],
+            lr=0.1,
+            weight_decay=0.3,
+        )
+
+    run = build_run(plugins(three_groups))
+    assert groups(run) == [
+        (["0.weight"], 0.3),
+        (["1.bias"], 0.0),
+        (["5.weight", "5.bias"], 0.0),
+        (["1.weight"], 0.0),
+    ]
+    assert [g["lr"] for g in run.optimizer.param_groups] == [0.5, 0.1, 0.1, 0.5]
+
+
+@pytest.mark.parametrize("first", ["slow", "weight_decay_groups"])
+def test_it_may_be_listed_on_either_side_of_a_wrapper(first):
+    listed = {**plugins(), "slow": Slow()}
+    order = sorted(listed, key=lambda name: (name != "optimizer", name != first))
+    run = run_steps({name: listed[name] for name in order}, steps=5)
+    assert groups(run) == [(MATRICES, 0.3), (VECTORS, 0.0)]
+    other = run_steps({**plugins(), "slow": Slow()}, steps=5)
+    assert all(map(torch.equal, parameters_of(run), parameters_of(other)))
+
+
+def test_schedulers_move_both_groups():
+    from trainkit import Schedule
+
+    @plugin
+    class Halve:
+        @hookimpl
+        def scheduler(self, optimizer):
+            return Schedule(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), "step")
+
+    run = run_steps({**plugins(), "halve": Halve()}, steps=2)
+    assert [g["lr"] for g in run.optimizer.param_groups] == [0.025, 0.025]
+
+
+def test_continues_exactly_from_a_checkpoint(tmp_path):
+    file = io.BytesIO()
+    first = run_steps(plugins(), steps=4)
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    rest = build_run(plugins(), epochs=1000, max_steps=8)
+    rest.load_state_dict(torch.load(file, weights_only=True))
+    fit(rest, tmp_path / "run")
+    assert all(map(torch.equal, parameters_of(rest), parameters_of(run_steps(plugins(), steps=8))))
+    assert groups(rest) == [(MATRICES, 0.3), (VECTORS, 0.0)]
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    with pytest.raises(RecipeError, match=r"'skip': '5\.weigth' matches no parameter; did you mean '5\.weight'"):
+        build_run(plugins(skip=["0.*", "5.weigth"]))
+
+
+def test_no_decay_to_take_away_is_an_error():
+    with pytest.raises(RecipeError, match="no weight decay to take away"):
+        build_run(plugins(lambda p: torch.optim.SGD(p, lr=0.1)))
+    with pytest.raises(RecipeError, match="no weight decay to take away"):
+        build_run(plugins(lambda p: torch.optim.SGD([q for q in p if q.ndim > 1], lr=0.1, weight_decay=0.3)))
