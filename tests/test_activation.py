@@ -87,6 +87,14 @@ def test_constraints_on_absent_plugins_are_no_constraint():
     register(active(p=P()))
 
 
+def test_an_option_of_a_constraints_name_is_no_constraint():
+    @plugin
+    class P:
+        after: list[str]
+
+    register(active(p=P(after=["q"]), q=Named(name="q")))
+
+
 def test_two_providers_are_named():
     @plugin
     class Model:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from trainkit.cli import main
+from trainkit.cli.resume import load_latest
 from trainkit.rundir import RunDir, pack_state
 
 EVERY = ["plugins.checkpoint.every_steps=1"]
@@ -82,7 +83,7 @@ def test_killed_at_twenty_random_moments_a_run_reaches_the_identical_end(small, 
             time.sleep(chance.random() * 0.03)  # inside a step, or while a file is being written
             process.kill()
             process.communicate()
-        positions.append(RunDir(out).load_state("last")["position"]["step"])
+        positions.append(load_latest(RunDir(out))[0]["position"]["step"])
         command = ["resume", "out"]
         if positions[-1] == 12:  # at its end; a new start makes room for more kills
             shutil.rmtree(out)

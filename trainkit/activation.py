@@ -21,7 +21,7 @@ from trainkit.registry import Installed, find
 if TYPE_CHECKING:
     from trainkit.run import Run
 
-__all__ = ["Active", "Hooks", "Implementation", "Instrument", "activate", "register"]
+__all__ = ["Active", "Hooks", "Implementation", "Instrument", "activate", "declared", "register"]
 
 #: Given a call, a plugin's name and a hook's name, returns what is called instead.
 Instrument = Callable[[Callable[..., Any], str, str], Callable[..., Any]]
@@ -233,7 +233,7 @@ def register(actives: Iterable[Active], where: str = "", instrument: Instrument 
     for phase in hookspecs.PHASES:
         manager.add_hookspecs(phase)
     for active in plugins.values():
-        for spec in getattr(active.instance, "hookspecs", ()):
+        for spec in declared(type(active.instance), "hookspecs"):
             manager.add_hookspecs(spec)
     _check_order(plugins, where)
     _check_exclusive(plugins, where)
@@ -248,15 +248,20 @@ def register(actives: Iterable[Active], where: str = "", instrument: Instrument 
     return hooks
 
 
+def declared(cls: type, constraint: str) -> tuple[Any, ...]:
+    """Return what a plugin's class declares as ``after``, ``before``, ...; an option of that name declares nothing."""
+    return () if constraint in attrs.fields_dict(cls) else tuple(getattr(cls, constraint, ()))
+
+
 def _check_order(plugins: Mapping[str, Active], where: str) -> None:
     position = {name: n for n, name in enumerate(plugins)}
     for name, active in plugins.items():
-        for earlier in getattr(active.instance, "after", ()):
+        for earlier in declared(type(active.instance), "after"):
             if position.get(earlier, -1) > position[name]:
                 raise PluginError(
                     f"{where}: {active} must come after {earlier!r}: move the line `{name}:` below `{earlier}:`"
                 )
-        for later in getattr(active.instance, "before", ()):
+        for later in declared(type(active.instance), "before"):
             if position.get(later, len(plugins)) < position[name]:
                 raise PluginError(
                     f"{where}: {active} must come before {later!r}: move the line `{name}:` above `{later}:`"
@@ -266,10 +271,10 @@ def _check_order(plugins: Mapping[str, Active], where: str) -> None:
 def _check_exclusive(plugins: Mapping[str, Active], where: str) -> None:
     holders: dict[str, Active] = {}
     for active in plugins.values():
-        for other in getattr(active.instance, "conflicts", ()):
+        for other in declared(type(active.instance), "conflicts"):
             if other in plugins:
                 raise PluginError(f"{where}: {active} cannot run beside {plugins[other]}; drop one: `{other}: false`")
-        for slot in getattr(active.instance, "claims", ()):
+        for slot in declared(type(active.instance), "claims"):
             if slot in holders:
                 raise PluginError(
                     f"{where}: {holders[slot]} and {active} both claim {slot!r}; drop one: `{active.name}: false`"

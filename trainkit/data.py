@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from trainkit.errors import DataError
+from trainkit.errors import DataError, RunError
 from trainkit.rng import stream
 
 __all__ = ["Batch", "Batches", "Data", "Split", "TensorSplit", "fingerprint", "order"]
@@ -90,7 +90,7 @@ class Data:
     def __attrs_post_init__(self) -> None:
         for name in ("train", "test"):
             if not len(getattr(self, name)):
-                raise DataError(f"the {name} split has no images")
+                raise DataError(f"the {name} split has no images; look at where the data plugin reads them")
 
 
 @attrs.define(eq=False)
@@ -172,8 +172,15 @@ class Batches:
         self._sampler.batches = [
             list(indices[i : i + self.batch_size]) for i in range(first, len(indices), self.batch_size)
         ]
-        for images, targets in self._loader:
-            yield Batch(images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
+        try:
+            for images, targets in self._loader:
+                yield Batch(images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
+        except DataError as error:  # a worker's comes with its traceback; the last line is what it said
+            raise DataError(str(error).strip().splitlines()[-1].removeprefix("trainkit.errors.DataError: ")) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RunError(f"a process that decodes images died: {str(error).splitlines()[0]}") from error
 
 
 class _Decoded(Dataset[tuple[Tensor, int]]):

@@ -214,7 +214,8 @@ class Life:
 
         Args:
             run: the run; ``run.epoch`` is still the epoch that ends, ``run.history[-1]`` is `metrics`.
-            metrics: ``epoch`` (from 1), ``step``, ``lr`` and each metric as ``train_<name>`` or ``test_<name>``.
+            metrics: ``epoch`` (from 1), ``step``, ``lr`` and each metric as ``train_<name>`` or ``test_<name>``; what a
+                plugin amends here is what later plugins, the history and the log see.
         """
 
     @hookspec("notify")
@@ -224,7 +225,8 @@ class Life:
         Fired after every step whose gradients are used up, and again after every epoch's end.
 
         Args:
-            run: the run; ``run.stop_reason`` is set when it is about to stop.
+            run: the run; ``run.stop_reason`` is set when it is about to stop. Saving calls ``state_dict`` of every
+                plugin, which may raise ``RunError`` to refuse.
         """
 
     @hookspec("notify")

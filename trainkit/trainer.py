@@ -126,8 +126,9 @@ class Trainer:
         indices = order(run.recipe.seed, run.epoch, len(run.data.train))
         for batch in run.batches["train"].iterate(indices, run.batch_index):
             self.lap("data")
-            if self.train_step(batch):
-                self.at_safe_point()
+            if not self.train_step(batch):
+                continue
+            self.at_safe_point()
             if self.stopping() or run.finished:
                 break
 
@@ -280,23 +281,23 @@ def _fit(run: Run, run_dir: RunDir, test_batches: int | None) -> Result:
     trainer = Trainer(run, test_batches)
     error: BaseException | None = None
     start = perf_counter()
-    try:
-        with _signals(run):
-            try:
-                if fit_start := run.hooks.notify("fit_start"):
-                    fit_start(run)
-                trainer.train()
+    with _signals(run):
+        try:
+            if fit_start := run.hooks.notify("fit_start"):
+                fit_start(run)
+            trainer.train()
+            run.flush_log()
+        except BaseException as caught:
+            error = caught
+            with suppress(Exception):  # what was seen before the failure; a lost device cannot tell
                 run.flush_log()
-            except BaseException as caught:
-                error = caught
-                with suppress(Exception):  # what was seen before the failure; a lost device cannot tell
-                    run.flush_log()
-                raise
-            finally:
-                _fit_end(run, error)
-    finally:
-        result = _result(run, trainer, error, perf_counter() - start)
-        run_dir.write_json("result.json", result.to_dict())
+        try:
+            error = _fit_end(run, error)
+        finally:
+            result = _result(run, trainer, error, perf_counter() - start)
+            run_dir.write_json("result.json", result.to_dict())
+    if error is not None:
+        raise error
     return result
 
 
@@ -318,17 +319,16 @@ def provenance(run: Run) -> dict[str, Any]:
     }
 
 
-def _fit_end(run: Run, error: BaseException | None) -> None:
-    """Fire ``fit_end`` for every plugin, in reverse order, whatever the others do; the first failure is raised last."""
-    failure: Exception | None = None
+def _fit_end(run: Run, error: BaseException | None) -> BaseException | None:
+    """Fire ``fit_end`` for every plugin, in reverse order, whatever the others do, and return the run's first error."""
     for impl in reversed(run.hooks.implementations("fit_end")):
         try:
             impl.call(run, error)
         except Exception as caught:
-            failure = failure or impl.failed(caught, RunError)
+            failure = impl.failed(caught, RunError)
             failure.__cause__ = caught
-    if failure is not None and error is None:
-        raise failure
+            error = error or failure
+    return error
 
 
 def _result(run: Run, trainer: Trainer, error: BaseException | None, total: float) -> Result:

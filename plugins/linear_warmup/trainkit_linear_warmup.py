@@ -41,15 +41,18 @@ class LinearWarmup:
     def scheduler(self, run: Run, optimizer: Optimizer) -> None:
         """Surround the optimizer's step; there is no scheduler, because nothing lasts beyond it."""
         self._length = self.steps or max(1, round((self.epochs or 0) * run.steps_per_epoch))
-        rates: list[Any] = []  # the schedule's, one a group
+        # The rates before each step that is under way: torch fires these hooks again, within the first time, where the
+        # step of an optimizer's class calls that of its base class.
+        before: list[list[Any]] = []
 
         def warm(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            rates[:] = [group["lr"] for group in optimizer.param_groups]
+            factor = 1.0 if before else self.factor(run.step)
+            before.append([group["lr"] for group in optimizer.param_groups])
             for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * self.factor(run.step)
+                group["lr"] = group["lr"] * factor
 
         def restore(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, before.pop(), strict=True):
                 group["lr"] = rate
 
         optimizer.register_step_pre_hook(warm)

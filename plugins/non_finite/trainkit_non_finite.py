@@ -129,11 +129,10 @@ class NonFinite:
 
 
 def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Return the values on the host, and what tells when they are there, or None where they are there already."""
+    """Return the values on the host (page-locked memory, to copy them meanwhile), and what tells of their arrival."""
     if not values.is_cuda:
         return values.cpu(), None
-    host = values.to("cpu", non_blocking=True)  # to page-locked memory: only that can be copied to meanwhile
-    return host, torch.cuda.current_stream(values.device).record_event()
+    return values.to("cpu", non_blocking=True), torch.cuda.current_stream(values.device).record_event()
 
 
 def _message(reading: _Reading, values: list[float], norm: float, norm_before: float | None) -> str:
@@ -146,6 +145,6 @@ def _message(reading: _Reading, values: list[float], norm: float, norm_before: f
         before = f"the update before it had learning rate {float(reading.lr):g} and gradient norm {norm_before:g}"
     return (
         f"step {reading.step:,} (epoch {reading.epoch}) is not finite: loss {loss:g}, gradient norm {norm:g}{where}; "
-        f"{before}. Checkpoints hold earlier steps only. Continue from one, or start again, with a lower learning "
-        "rate, a warm-up or gradients clipped by norm"
+        f"{before}. Checkpoints, if any, hold earlier steps only: continue from one, or start again, with a lower "
+        "learning rate, a warm-up or gradients clipped by norm"
     )

@@ -75,7 +75,11 @@ def _dispatch(argv: list[str]) -> int:
     )
     command.add_arguments(parser)
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
-    code: int = command.run(parser.parse_args(argv[1:]))
+    try:
+        args = parser.parse_intermixed_args(argv[1:])  # KEY=VALUE before, after and between options
+    except TypeError:  # what argparse says of a command with actions
+        args = parser.parse_args(argv[1:])
+    code: int = command.run(args)
     return code
 
 

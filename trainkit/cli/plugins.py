@@ -84,13 +84,15 @@ def _describe(cls: Any) -> dict[str, Any]:
 
     import attrs
 
+    from trainkit.activation import declared
+
     hooks = [name for name, value in inspect.getmembers(cls) if hasattr(value, "trainkit_impl")]
     options = [
         {"name": f.alias, "type": _type_name(f.type), "default": _default(f.default)}
         for f in attrs.fields(cls)
         if f.init
     ]
-    constraints = {key: list(getattr(cls, key, ())) for key in ("after", "before", "conflicts", "claims")}
+    constraints = {key: list(declared(cls, key)) for key in ("after", "before", "conflicts", "claims")}
     return {"doc": inspect.getdoc(cls) or "", "options": options, "hooks": hooks, **constraints}
 
 

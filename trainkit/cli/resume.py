@@ -35,11 +35,11 @@ def run(args: argparse.Namespace) -> int:
     """Build the recipe again, check that nothing changed that matters, load, train."""
     from rich.console import Console
 
-    from trainkit.cli.run import report
+    from trainkit.cli.run import train
     from trainkit.recipe import load_recipe
     from trainkit.run import build
     from trainkit.rundir import RunDir
-    from trainkit.trainer import fit, provenance
+    from trainkit.trainer import provenance
 
     console = Console(stderr=args.json)
     run_dir = RunDir(args.run_dir)
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     built.load_state_dict(state)
     built.resumed.append({"epoch": built.epoch, "step": built.step, "changes": changes})
     built.dir = run_dir
-    return report(fit(built), console, as_json=args.json)
+    return train(built, as_json=args.json)
 
 
 def load_latest(run_dir: RunDir) -> tuple[dict[str, Any], str]:

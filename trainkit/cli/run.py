@@ -6,6 +6,7 @@ import argparse
 import shlex
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from trainkit.activation import Hooks, Instrument
     from trainkit.recipe import Recipe
+    from trainkit.run import Run
     from trainkit.trainer import Result
 
 HELP = "Train what a recipe describes."
@@ -25,6 +27,7 @@ examples:
   trainkit run recipes/basic_se.yaml epochs=5 plugins.cifar10.root=data plugins.se=false
   trainkit run recipes/dense_shared.yaml --dry-run
 """
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 
 
@@ -55,16 +58,32 @@ def run(args: argparse.Namespace) -> int:
         return _dry_run(recipe, console, instrument, args.json)
 
     from trainkit.run import build
-    from trainkit.trainer import fit
 
-    result = fit(build(recipe, console=console, instrument=instrument), args.run_dir)
+    built = build(recipe, console=console, instrument=instrument)
+    code = train(built, args.run_dir, as_json=args.json)
     if args.profile:
         console.print(_profile_table(profile))
-    return report(result, console, as_json=args.json)
+    return code
 
 
-def report(result: Result, console: Console, *, as_json: bool) -> int:
-    """Print the end of a run and return its exit code."""
+def train(run: Run, run_dir: str | None = None, *, as_json: bool) -> int:
+    """Fit a run, print how it ended and return its exit code; a run that fails says how to continue it, if it can."""
+    from trainkit.trainer import fit
+
+    try:
+        result = fit(run, run_dir)
+    except BaseException:
+        if run.dir is not None and (run.dir.path / "checkpoints" / "last.pt").exists():
+            run.console.print(f"continue with: {_resume_command(run.dir.path)}", **PLAIN)
+        raise
+    return _report(result, run.console, as_json=as_json)
+
+
+def _resume_command(path: Path) -> str:
+    return f"trainkit resume {shlex.quote(printable(path))}"
+
+
+def _report(result: Result, console: Console, *, as_json: bool) -> int:
     if as_json:
         print_json({**result.to_dict(), "run_dir": str(result.path)})
     else:
@@ -74,17 +93,14 @@ def report(result: Result, console: Console, *, as_json: bool) -> int:
         assert result.path is not None
         pictures = sorted(p for p in (result.path / "figures").glob("*.png"))
         for path in [result.path, *pictures]:
-            console.print(printable(path), markup=False, highlight=False, soft_wrap=True)
+            console.print(printable(path), **PLAIN)
     if result.status == "stopped":
         assert result.path is not None
         saved = (result.path / "checkpoints" / "last.pt").exists()
-        cure = f"trainkit resume {shlex.quote(str(result.path))}" if saved else "nothing saved: list `checkpoint`"
-        console.print(
-            f"stopped by {printable(result.reason)}; continue with: {cure}" if saved else cure,
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+        cure = (
+            f"continue with: {_resume_command(result.path)}" if saved else "not saved: its recipe lists no `checkpoint`"
         )
+        console.print(f"stopped by {printable(result.reason)}; {cure}", **PLAIN)
     return EXIT_CODES.get(result.reason or "", 0)
 
 
@@ -123,7 +139,7 @@ def _dry_run(recipe: Recipe, console: Console, instrument: Instrument | None, as
     console.print(
         f"dry run passed on {trial.device}: {images} images, {number(result.parameters)} parameters, "
         f"{result.steps} steps and one test batch taken, nothing written",
-        highlight=False,
+        **PLAIN,
     )
     return 0
 

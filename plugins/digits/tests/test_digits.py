@@ -3,7 +3,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
@@ -42,6 +42,7 @@ def test_default_split_is_every_fifth_image_of_each_class():
         assert torch.equal(data.test.images[data.test.targets == digit], scaled[4::5])
 
 
+@settings(max_examples=25)
 @given(st.fractions(Fraction(1, 50), Fraction(49, 50), max_denominator=64))
 def test_split_is_stratified(fraction):
     data = Digits(test_fraction=float(fraction)).data()

@@ -43,10 +43,10 @@ def train(tmp_path, values, name="loss", **options):
         ("loss", [3, 4, 2.9, 4, 4, 4], {"patience": 2}, 5),
         ("error", [3, 4, 5, 6], {"patience": 1}, 2),
         ("accuracy", [50, 60, 59, 61, 60, 60, 60], {"patience": 2}, 6),
-        ("loss", [3, 2.95, 2.91, 2.85, 2.8, 2.8], {"patience": 2, "min_delta": 0.1}, 6),
+        ("loss", [3, 2.95, 2.91, 2.85, 2.8, 2.8, 2.8, 1], {"patience": 3, "min_delta": 0.1}, 7),
         ("loss", [3, 2.95, 2.91, 2.89, 2.88, 1], {"patience": 3, "min_delta": 0.2}, 4),
-        ("accuracy", [50, 50.5, 51, 51.5, 99], {"patience": 2, "min_delta": 1}, 5),  # 51.5 is, by more than 1
-        ("accuracy", [50, 50.5, 51, 51.5, 99], {"patience": 2, "min_delta": 1.5}, 3),
+        ("accuracy", [50, 50.5, 51, 51.5, 99], {"patience": 3, "min_delta": 1}, 5),
+        ("accuracy", [50, 50.5, 51, 51.5, 99], {"patience": 3, "min_delta": 1.5}, 4),
         ("loss", [NAN, NAN, NAN, NAN, 1], {"patience": 3}, 3),
         ("loss", [NAN, 2, NAN, NAN, NAN, 1], {"patience": 2}, 4),
         ("accuracy", [NAN, 2, NAN, 3, NAN, NAN, 1], {"patience": 2}, 6),

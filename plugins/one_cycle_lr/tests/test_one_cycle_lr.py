@@ -118,7 +118,7 @@ def test_beyond_the_cycle_the_rate_stays_at_its_end(strategy):
     assert run.optimizer.param_groups[0]["lr"] == found[5][0]
 
 
-@pytest.mark.parametrize("pct_start", [0, 1])
+@pytest.mark.parametrize("pct_start", [0.0, 1.0])
 def test_a_cycle_may_only_fall_or_only_rise(pct_start):
     found, _ = seen(8, max_lr=0.1, total_steps=8, pct_start=pct_start)
     rates = [lr for lr, _ in found]

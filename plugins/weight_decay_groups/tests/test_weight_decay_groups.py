@@ -51,8 +51,7 @@ class Wrapper(torch.optim.Optimizer):
         self.slow = self.slow or [p.clone() for p in fast]
         self.base.step(closure)
         for slow, p in zip(self.slow, fast, strict=True):
-            slow += 0.5 * (p - slow)
-            p.copy_(slow)
+            p.copy_(slow.lerp_(p, 0.5))
 
 
 def plugins(make=OPTIMIZERS["sgd"], skip=()):

@@ -1,0 +1,78 @@
+"""Compilation of the network."""
+
+import textwrap
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException, Unsupported
+
+from trainkit import Run
+from trainkit.errors import RunError
+from trainkit.plugin import hookimpl, plugin
+
+__all__ = ["Compile"]
+
+
+@plugin
+class Compile:
+    """Compile the network with torch.compile, or say why not and train without (Ansel et al., ASPLOS 2024).
+
+    ``run.model`` stays as it is, and so do the names in its state dict. Compilation happens in the first forward pass,
+    and again for evaluation and for another batch size.
+
+    Args:
+        mode: what to spend compile time or memory on, as in ``torch.compile``.
+        dynamic: true compiles for any batch size, false for each one anew; left out, a second size is compiled for
+            any, as in ``torch.compile``.
+        fullgraph: whether code that cannot be compiled as one graph is an error.
+    """
+
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    dynamic: bool | None = None
+    fullgraph: bool = False
+
+    @hookimpl
+    def wrap_model(self, run: Run, model: nn.Module) -> nn.Module:
+        """Return what compiles the network when it is first called."""
+
+        def warn(error: RuntimeError) -> None:
+            reason = textwrap.shorten(str(error).partition("\n\n")[0], 300)
+            line = f"compile: warning: compilation failed, the run goes on without it: {reason}"
+            run.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+        try:
+            compiled = torch.compile(model, mode=self.mode, dynamic=self.dynamic, fullgraph=self.fullgraph)
+        except RuntimeError as error:  # torch compiles nothing with this Python
+            warn(error)
+            return model
+        return _Compiled(model, compiled, warn)
+
+
+class _Compiled(nn.Module):
+    """Calls the compiled network, or the network itself once its compilation has failed.
+
+    A missing compiler shows in the first call alone, and code that it cannot handle perhaps in a later one. Training
+    and evaluation mode reach the network because it is a child.
+    """
+
+    def __init__(self, model: nn.Module, compiled: Callable[..., Tensor], warn: Callable[[RuntimeError], None]) -> None:
+        super().__init__()
+        self.model = model
+        self.compiled: Callable[..., Tensor] | None = compiled
+        self.warn = warn
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.compiled is not None:
+            try:
+                return self.compiled(images)
+            except Unsupported as error:  # raised with fullgraph alone
+                reason = textwrap.shorten(str(error).partition("\n\n")[0], 300)
+                raise RunError(
+                    f"compile: 'fullgraph': the network cannot be compiled as one graph: {reason}; set fullgraph: false"
+                ) from error
+            except TorchDynamoException as error:
+                self.compiled = None
+                self.warn(error)
+        return self.model(images)  # type: ignore[no-any-return]

@@ -1,0 +1,86 @@
+"""Networks of torchvision."""
+
+from typing import Any
+
+import torch
+from attrs import Attribute, field
+from torch import Tensor, nn
+
+from trainkit import Run
+from trainkit.errors import RecipeError, did_you_mean
+from trainkit.plugin import hookimpl, plugin
+
+__all__ = ["TorchvisionModel"]
+
+#: Networks with further classifiers, whose outputs in training would come beside the logits. Their initial weights are
+#: those that torchvision gives by default; it wants that said.
+AUXILIARY = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
+
+
+def _own(plugin: object, attribute: "Attribute[dict[str, Any]]", value: dict[str, Any]) -> None:
+    for key in value:
+        if key in ("name", "num_classes", "weights", "progress", "aux_logits"):
+            raise ValueError(
+                f"'kwargs' cannot have {key!r}: the classes are the data's, weights are never downloaded, and a "
+                "network gives logits alone"
+            )
+
+
+@plugin
+class TorchvisionModel:
+    """Train one of torchvision's classification networks, from random weights.
+
+    Its modules and initial weights are torchvision's, and the number of classes is the data's. Nothing is downloaded.
+    Without their auxiliary classifiers, ``googlenet`` and ``inception_v3`` are smaller than the published ones.
+
+    Args:
+        name: of the network, as ``torchvision.models.list_models`` gives it, such as ``resnet18``.
+        kwargs: what its builder takes besides, such as ``{width_mult: 0.5}`` for ``mobilenet_v2``.
+    """
+
+    name: str
+    kwargs: dict[str, Any] = field(factory=dict, validator=_own)
+
+    @hookimpl
+    def model(self, run: Run) -> nn.Module:
+        """Build the network.
+
+        Raises:
+            RecipeError: there is no network of this name, it does not take these arguments, or not these images.
+        """
+        from torchvision import models  # here, because it takes its time
+
+        known = models.list_models(module=models)
+        if self.name not in known:
+            near = did_you_mean(self.name, known) or f"; torchvision has {', '.join(known)}"
+            raise RecipeError(f"'name': torchvision has no classification network {self.name!r}{near}")
+        if run.data.shape[0] != 3:
+            raise RecipeError(
+                f"torchvision's networks take images of 3 channels, and these have {run.data.shape[0]}; take a network "
+                "that is built for any number of them, such as `resnet`"
+            )
+        kwargs = {**AUXILIARY.get(self.name, {}), **self.kwargs}
+        try:
+            model: nn.Module = models.get_model(self.name, weights=None, num_classes=len(run.data.classes), **kwargs)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"'kwargs': torchvision's {self.name} does not take them: {error}") from error
+        _check(model, run, f"torchvision's {self.name}")
+        return model
+
+
+def _check(model: nn.Module, run: Run, what: str) -> None:
+    """Pass one blank image through the network, in evaluation mode, which leaves it and random numbers as they are."""
+    size = "x".join(map(str, run.image_shape))
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model(torch.zeros(1, *run.image_shape))
+    except Exception as error:  # whatever its layers raise
+        raise RecipeError(
+            f"{what} does not take the images, {size} after the training transforms: {type(error).__name__}: {error}; "
+            "choose another network, options that fit in 'kwargs', or transforms that give another size"
+        ) from error
+    model.train()
+    if not isinstance(output, Tensor) or output.shape != (1, len(run.data.classes)):
+        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise RecipeError(f"{what} must give logits [1, {len(run.data.classes)}] for one image, not {found}")
