@@ -335,7 +335,7 @@ def test_fit_end_fires_for_all_in_reverse_and_keeps_the_first_error(tmp_path):
     run = build_run({"a": Ends(name="a"), "b": Ends(name="b", fails=True), "c": Ends(name="c")})
     with pytest.raises(RunError, match="plugin 'b' failed in fit_end"):
         fit(run, tmp_path)
-    assert ended == [("c", "NoneType"), ("b", "NoneType"), ("a", "NoneType")]
+    assert ended == [("c", "NoneType"), ("b", "NoneType"), ("a", "RunError")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
