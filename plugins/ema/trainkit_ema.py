@@ -30,8 +30,8 @@ class EMA:
     decay: float = field(default=0.999, validator=and_(gt(0), lt(1)))
     _model: nn.Module = field(init=False)
     _average: nn.Module = field(init=False)
-    _weights: list[nn.Parameter] = field(init=False)  # of the two networks, in the same order
-    _averages: list[nn.Parameter] = field(init=False)
+    _weights: list[Tensor] = field(init=False)  # of the two networks, in the same order
+    _averages: list[Tensor] = field(init=False)
     _steps: int = field(init=False, default=0)  # averaged so far
 
     @hookimpl
@@ -68,7 +68,6 @@ class EMA:
 
     def _synchronised(self) -> nn.Module:
         """Return the averaged network with the buffers of the trained one."""
-        mine: list[Tensor] = list(self._average.buffers())
-        for buffer, current in zip(mine, self._model.buffers(), strict=True):
+        for buffer, current in zip(self._average.buffers(), self._model.buffers(), strict=True):
             buffer.copy_(current)
         return self._average

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import csv
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import attrs
-
-from trainkit.cli.output import error, number, print_json, printable, table
+from trainkit.cli.output import error, number, print_json, table
 from trainkit.errors import TrainkitError, UsageError
 from trainkit.rundir import RunDir
 
@@ -19,12 +18,14 @@ FILES = {"recipe.yaml": dict, "result.json": dict, "plugins.lock.json": list, "e
 METRIC = "test_accuracy"  # what the listing shows of a run
 
 
-@attrs.frozen
-class _Command:
-    HELP: str
-    EXAMPLES: str
-    folders: dict[str, Any]  # what argparse is told of the folders that it takes
+class _Command(NamedTuple):
     look: Callable[[Any, list[str]], tuple[Any, list[Any]]]  # returns a JSON document, and tables of the same
+    folders: dict[str, Any]  # what argparse is told of the folders that it takes
+    EXAMPLES: str
+
+    @property
+    def HELP(self) -> str:  # noqa: N802
+        return self.look.__doc__ or ""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("folders", type=Path, **self.folders)
@@ -33,7 +34,7 @@ class _Command:
     def run(self, args: argparse.Namespace) -> int:
         from rich.console import Console
 
-        broken: list[str] = []
+        broken: list[str] = []  # a line for each file that cannot be read
         document, tables = self.look(args.folders, broken)
         if args.json:
             print_json(document)
@@ -45,23 +46,24 @@ class _Command:
 
 
 def _list(folder: Path, broken: list[str]) -> tuple[Any, list[Any]]:
+    """List the runs of a folder, the newest first."""
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; give the one that holds runs")
     # runs/<recipe>/<time>-<seed>; a level less in one recipe's folder, or where --run-dir put runs
     marks = [p for at in ("*", "*/*") for f in ("recipe.yaml", "result.json") for p in folder.glob(f"{at}/{f}")]
     marks.sort(key=lambda p: (p.stat().st_mtime, p), reverse=True)
     # not the recipe: it takes far longer to read, and a result repeats what it expects
-    found = {str(run): _read(run, ["result.json"], broken) for run in dict.fromkeys(p.parent for p in marks)}
-    flat = {run: _flat(read["result.json"]) for run, read in found.items()}
+    runs = [_read(run, ["result.json"], broken) for run in dict.fromkeys(p.parent for p in marks)]
     keys = ["status", "epochs", f"final.{METRIC}", f"best.{METRIC}.value", f"expected.{METRIC}", "seconds.total"]
-    rows = [(run, *(_cell(facts.get(key)) for key in keys)) for run, facts in flat.items()]
+    rows = [(run["run"], *(_cell(_flat(run["result.json"]).get(key)) for key in keys)) for run in runs]
     columns = ["run", "status", "epochs", METRIC, "best", "expected", "seconds"]
     made = table(columns, rows, right=columns[2:])
     made.columns[0].no_wrap = True  # a path to copy
-    return [{"run": run, **read["result.json"]} for run, read in found.items()], [made]
+    return runs, [made]
 
 
 def _show(folder: Path, broken: list[str]) -> tuple[Any, list[Any]]:
+    """Show one run: what it reached, what produced it, and its files."""
     document, tables = _compare([folder], broken)
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     rows = [(name, number(size)) for name, size in files.items()]
@@ -69,90 +71,59 @@ def _show(folder: Path, broken: list[str]) -> tuple[Any, list[Any]]:
 
 
 def _compare(folders: list[Path], broken: list[str]) -> tuple[Any, list[Any]]:
-    from rich.markup import escape
-
+    """Compare runs: results side by side, then only what differs in what produced them."""
     runs = [_read(folder, FILES, broken) for folder in folders]
-    results = _beside([_flat(run["result.json"]) for run in runs])
+    results = _beside([{"run": run["run"], **_flat(run["result.json"])} for run in runs])
+    # what is expected of a metric stands beside what was reached
+    metrics = list(dict.fromkeys(map(_metric, results)))
+    results = {key: results[key] for key in sorted(results, key=lambda key: metrics.index(_metric(key)))}
     made_by = _beside([_made_by(run) for run in runs])
     if len(runs) > 1:
         made_by = {key: values for key, values in made_by.items() if any(v != values[0] for v in values)}
-    # what is expected of a metric stands beside what was reached
-    metrics = list(dict.fromkeys(_metric(key) for key in results))
-    results = {key: results[key] for key in sorted(results, key=lambda key: metrics.index(_metric(key)))}
-    heads = [escape(printable(folder)) for folder in folders]
     tables = [
-        table([title, *heads], [(key, *map(_cell, values)) for key, values in rows.items()])
+        table([title, *("" for _ in runs)], [(key, *map(_cell, values)) for key, values in rows.items()])
         for title, rows in (("result", results), ("made by" if len(runs) == 1 else "difference", made_by))
     ]
-    return {"runs": [str(folder) for folder in folders], "results": results, "made_by": made_by}, tables
+    return {"results": results, "made_by": made_by}, tables
 
 
 def _metric(key: str) -> str:
-    return key.split(".")[1] if key.startswith(("expected.", "final.", "best.")) else key
+    return key.split(".")[1] if key.startswith(("final.", "best.", "expected.")) else key
 
 
 def _read(folder: Path, names: Iterable[str], broken: list[str]) -> dict[str, Any]:
-    """Return what files of a run hold, by name; a broken one is told of, and empty."""
+    """Return what files of a run hold, by name; one that is broken is empty."""
     from trainkit.recipe import load_recipe
 
-    run_dir, read = RunDir(folder), dict[str, Any]()
-    for name in names:
+    read: dict[str, Any] = {"run": str(folder)}
+    for name, run_dir in ((name, RunDir(folder)) for name in names):
+        path = run_dir.recipe_path() if name == "recipe.yaml" else folder / name
+        if name == "result.json" and not path.exists():
+            read[name] = _so_far(folder, broken)
+            continue
         try:
-            value = load_recipe(run_dir.recipe_path()).to_dict() if name == "recipe.yaml" else run_dir.read_json(name)
-            if not isinstance(value, FILES[name]):
-                raise UsageError(f"{folder / name}: not the file of a run: it holds a {type(value).__name__}")
+            read[name] = load_recipe(path).to_dict() if name == "recipe.yaml" else run_dir.read_json(name)
+            if not isinstance(read[name], FILES[name]):
+                raise UsageError(f"{path}: not the file of a run: it holds a {type(read[name]).__name__}")
         except TrainkitError as problem:
-            value = FILES[name]()
-            if name == "result.json" and not (folder / name).exists():
-                value = {"status": "running or killed"}
-            else:
-                broken.append(str(problem))
-        read[name] = value
+            broken.append(str(problem))
+            read[name] = FILES[name]()
     return read
+
+
+def _so_far(folder: Path, broken: list[str]) -> dict[str, Any]:
+    """Return what stands for the result of a run that has none: what its table of epochs says."""
+    expected = _read(folder, ["recipe.yaml"], broken)["recipe.yaml"].get("expect", {})
+    table = folder / "metrics.csv"
+    with ...
 
 
 def _made_by(run: dict[str, Any]) -> dict[str, Any]:
     """Return what produced a run's numbers, by dotted key: recipe, plugins with versions and options, environment."""
-    recipe = {key: value for key, value in run["recipe.yaml"].items() if key != "plugins"}
-    plugins = [p for p in run["plugins.lock.json"] if isinstance(p, dict)]
-    facts = {**_flat(recipe), "plugins": ", ".join(str(p.get("name")) for p in plugins)}
-    for p in plugins:
-        key = f"plugins.{p.get('name')}"
-        facts[key] = f"{p.get('distribution')} {p.get('version')} ({p.get('source')})"
-        facts |= _flat(p.get("options"), f"{key}.")
-    return facts | _flat(run["environment.json"], "environment.")
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in tree.items() if isinstance(tree, dict) else ():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
-
-
-def _beside(columns: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {key: [column.get(key) for column in columns] for key in dict.fromkeys(k for c in columns for k in c)}
-
-
-def _cell(value: Any) -> str:
-    return number(value) if value is None or isinstance(value, int | float) else str(value)
-
-
-LIST = _Command(
-    "List the runs of a folder, the newest first.",
-    "examples:\n  trainkit runs list\n  trainkit runs list runs/basic_se --json\n",
-    {"metavar": "FOLDER", "nargs": "?", "default": Path("runs"), "help": "default: runs"},
-    _list,
-)
-SHOW = _Command(
-    "Show one run: what it reached, what produced it, and its files.",
-    "examples:\n  trainkit runs show runs/quickstart/20260101-120000-0\n",
-    {"metavar": "RUN_DIR", "help": "the directory of a run"},
-    _show,
-)
-COMPARE = _Command(
-    "Compare runs: results side by side, then only what differs in what produced them.",
-    "examples:\n  trainkit runs compare runs/basic_se/20260101-120000-0 runs/basic_se/20260102-120000-1\n",
-    {"metavar": "RUN_DIR", "nargs": "+", "help": "the directories of runs"},
-    _compare,
-)
+    locked = [p for p in run["plugins.lock.json"] if isinstance(p, dict)]
+    plugins = {
+        p.get("name"): {"from": f"{p.get('distribution')} {p.get('version')} ({p.get('source')})", "options": p.get("options")}
+        for p in locked
+    }
+    order = {"order": ", ".join(map(str, plugins))}
+    return _flat({**run["recipe.yaml"], "plugins": order | plugins, "environment": run["environment.json"]})

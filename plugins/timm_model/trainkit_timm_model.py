@@ -1,5 +1,6 @@
 """Networks of timm."""
 
+import textwrap
 from typing import Any
 
 import torch
@@ -68,8 +69,9 @@ def _check(model: nn.Module, run: Run, what: str) -> None:
         with torch.no_grad():
             output = model(torch.zeros(1, *run.image_shape))
     except Exception as error:  # whatever its layers raise
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
         raise RecipeError(
-            f"{what} does not take the images, {size} after the training transforms: {type(error).__name__}: {error}; "
+            f"{what} does not take the images, {size} after the training transforms: {reason}; "
             "choose another network, options that fit in 'kwargs', such as `img_size`, or transforms that give another "
             "size"
         ) from error

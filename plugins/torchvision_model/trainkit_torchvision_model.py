@@ -1,5 +1,6 @@
 """Networks of torchvision."""
 
+import textwrap
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ AUXILIARY = {name: {"aux_logits": False, "init_weights": True} for name in ("goo
 
 def _own(plugin: object, attribute: "Attribute[dict[str, Any]]", value: dict[str, Any]) -> None:
     for key in value:
-        if key in ("name", "num_classes", "weights", "progress", "aux_logits"):
+        if key in ("name", "num_classes", "weights", "pretrained", "aux_logits"):
             raise ValueError(
                 f"'kwargs' cannot have {key!r}: the classes are the data's, weights are never downloaded, and a "
                 "network gives logits alone"
@@ -48,7 +49,7 @@ class TorchvisionModel:
         Raises:
             RecipeError: there is no network of this name, it does not take these arguments, or not these images.
         """
-        from torchvision import models  # here, because it takes its time
+        from torchvision import models  # type: ignore[import-untyped]  # here, because it takes its time
 
         known = models.list_models(module=models)
         if self.name not in known:
@@ -76,8 +77,9 @@ def _check(model: nn.Module, run: Run, what: str) -> None:
         with torch.no_grad():
             output = model(torch.zeros(1, *run.image_shape))
     except Exception as error:  # whatever its layers raise
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
         raise RecipeError(
-            f"{what} does not take the images, {size} after the training transforms: {type(error).__name__}: {error}; "
+            f"{what} does not take the images, {size} after the training transforms: {reason}; "
             "choose another network, options that fit in 'kwargs', or transforms that give another size"
         ) from error
     model.train()
