@@ -44,6 +44,7 @@ class Result:
         expected: what the recipe says it should reach.
         seconds: wall time by part.
         images_per_second: training images over the time of training alone.
+        data_wait: the share of that time spent waiting for batches.
         resumed: where the run was continued, and what was changed then.
         path: the run directory, as given; not part of ``result.json``.
     """
@@ -58,6 +59,7 @@ class Result:
     expected: dict[str, int | float]
     seconds: dict[str, float]
     images_per_second: float | None
+    data_wait: float | None
     resumed: list[dict[str, Any]] = attrs.field(factory=list)
     path: Path | None = None
 
@@ -346,6 +348,7 @@ def _result(run: Run, trainer: Trainer, error: BaseException | None, total: floa
         expected=dict(run.recipe.expect),
         seconds={k: round(v, 3) for k, v in seconds.items()},
         images_per_second=round(run.images / busy, 1) if busy else None,
+        data_wait=round(run.seconds.get("data", 0.0) / busy, 4) if busy else None,
         resumed=run.resumed,
         path=run.dir.path if run.dir else None,
     )

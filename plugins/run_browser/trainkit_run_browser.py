@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,18 +15,16 @@ from trainkit.rundir import RunDir
 
 __all__ = ["COMPARE", "LIST", "SHOW"]
 
-FILES = {"recipe.yaml": dict, "result.json": dict, "plugins.lock.json": list, "environment.json": dict}
+FILES = ("recipe.yaml", "result.json", "plugins.lock.json", "environment.json")
 METRIC = "test_accuracy"  # what the listing shows of a run
+UNFINISHED = "running or killed"
 
 
 class _Command(NamedTuple):
-    look: Callable[[Any, list[str]], tuple[Any, list[Any]]]  # returns a JSON document, and tables of the same
-    folders: dict[str, Any]  # what argparse is told of the folders that it takes
+    HELP: str
     EXAMPLES: str
-
-    @property
-    def HELP(self) -> str:  # noqa: N802
-        return self.look.__doc__ or ""
+    folders: dict[str, Any]  # what argparse is told of the folders that it takes
+    look: Callable[[Any, list[str]], tuple[Any, list[Any]]]  # returns a JSON document, and tables of the same
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("folders", type=Path, **self.folders)
@@ -40,13 +39,12 @@ class _Command(NamedTuple):
             print_json(document)
         else:
             Console().print(*tables)
-        for line in broken:
+        for line in dict.fromkeys(broken):
             error(line)
         return 1 if broken else 0
 
 
 def _list(folder: Path, broken: list[str]) -> tuple[Any, list[Any]]:
-    """List the runs of a folder, the newest first."""
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; give the one that holds runs")
     # runs/<recipe>/<time>-<seed>; a level less in one recipe's folder, or where --run-dir put runs
@@ -54,41 +52,38 @@ def _list(folder: Path, broken: list[str]) -> tuple[Any, list[Any]]:
     marks.sort(key=lambda p: (p.stat().st_mtime, p), reverse=True)
     # not the recipe: it takes far longer to read, and a result repeats what it expects
     runs = [_read(run, ["result.json"], broken) for run in dict.fromkeys(p.parent for p in marks)]
-    keys = ["status", "epochs", f"final.{METRIC}", f"best.{METRIC}.value", f"expected.{METRIC}", "seconds.total"]
-    rows = [(run["run"], *(_cell(_flat(run["result.json"]).get(key)) for key in keys)) for run in runs]
-    columns = ["run", "status", "epochs", METRIC, "best", "expected", "seconds"]
-    made = table(columns, rows, right=columns[2:])
+    results = [{"run": run["run"], **_flat(run["result.json"])} for run in runs]
+    keys = ["run", "status", "epochs", f"final.{METRIC}", f"best.{METRIC}.value", f"expected.{METRIC}", "seconds.total"]
+    columns = ["run", "status", "epochs", "final", "best", "expected", "seconds"]
+    made = table(columns, [[_cell(result.get(key)) for key in keys] for result in results], right=columns[2:])
     made.columns[0].no_wrap = True  # a path to copy
+    made.caption = f"final, best and expected {METRIC}"
     return runs, [made]
 
 
 def _show(folder: Path, broken: list[str]) -> tuple[Any, list[Any]]:
-    """Show one run: what it reached, what produced it, and its files."""
-    document, tables = _compare([folder], broken)
+    run = _read(folder, FILES, broken)
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    rows = [(name, number(size)) for name, size in files.items()]
-    return {**document, "files": files}, [*tables, table(["file", "bytes"], rows, right=["bytes"])]
+    columns = ["version", "source", "options"]
+    plugins = [(name, *(_cell(p.get(c)) for c in columns)) for name, p in run["plugins.lock.json"].items()]
+    facts = _flat({**run["recipe.yaml"], "plugins": {}, "environment": run["environment.json"]})
+    return {**run, "files": files}, [
+        table(["result", ""], [(key, _cell(value)) for key, value in _results(run).items()]),
+        table(["plugin", *columns], plugins),
+        table(["made by", ""], [(key, _cell(value)) for key, value in facts.items()]),
+        table(["file", "bytes"], [(name, number(size)) for name, size in files.items()], right=["bytes"]),
+    ]
 
 
 def _compare(folders: list[Path], broken: list[str]) -> tuple[Any, list[Any]]:
-    """Compare runs: results side by side, then only what differs in what produced them."""
     runs = [_read(folder, FILES, broken) for folder in folders]
-    results = _beside([{"run": run["run"], **_flat(run["result.json"])} for run in runs])
-    # what is expected of a metric stands beside what was reached
-    metrics = list(dict.fromkeys(map(_metric, results)))
-    results = {key: results[key] for key in sorted(results, key=lambda key: metrics.index(_metric(key)))}
-    made_by = _beside([_made_by(run) for run in runs])
-    if len(runs) > 1:
-        made_by = {key: values for key, values in made_by.items() if any(v != values[0] for v in values)}
+    results, sources = _beside([*map(_results, runs)]), _beside([*map(_sources, runs)])
+    differences = {key: values for key, values in sources.items() if any(v != values[0] for v in values)}
     tables = [
         table([title, *("" for _ in runs)], [(key, *map(_cell, values)) for key, values in rows.items()])
-        for title, rows in (("result", results), ("made by" if len(runs) == 1 else "difference", made_by))
+        for title, rows in (("result", results), ("difference", differences or {"none": [""] * len(runs)}))
     ]
-    return {"results": results, "made_by": made_by}, tables
-
-
-def _metric(key: str) -> str:
-    return key.split(".")[1] if key.startswith(("final.", "best.", "expected.")) else key
+    return {"results": results, "differences": differences}, tables
 
 
 def _read(folder: Path, names: Iterable[str], broken: list[str]) -> dict[str, Any]:
@@ -96,34 +91,60 @@ def _read(folder: Path, names: Iterable[str], broken: list[str]) -> dict[str, An
     from trainkit.recipe import load_recipe
 
     read: dict[str, Any] = {"run": str(folder)}
-    for name, run_dir in ((name, RunDir(folder)) for name in names):
-        path = run_dir.recipe_path() if name == "recipe.yaml" else folder / name
+    for name in names:
+        path = RunDir(folder).recipe_path() if name == "recipe.yaml" else folder / name
         if name == "result.json" and not path.exists():
             read[name] = _so_far(folder, broken)
             continue
         try:
-            read[name] = load_recipe(path).to_dict() if name == "recipe.yaml" else run_dir.read_json(name)
-            if not isinstance(read[name], FILES[name]):
-                raise UsageError(f"{path}: not the file of a run: it holds a {type(read[name]).__name__}")
-        except TrainkitError as problem:
-            broken.append(str(problem))
-            read[name] = FILES[name]()
+            value: Any = load_recipe(path).to_dict() if name == "recipe.yaml" else RunDir(folder).read_json(name)
+            read[name] = {p["name"]: dict(p) for p in value} if name == "plugins.lock.json" else dict(value)
+        except (TrainkitError, KeyError, TypeError, ValueError) as problem:  # JSON of another shape, the latter three
+            broken.append(f"{path}: " + str(problem).removeprefix(f"{path}: "))
+            read[name] = {}
     return read
 
 
 def _so_far(folder: Path, broken: list[str]) -> dict[str, Any]:
     """Return what stands for the result of a run that has none: what its table of epochs says."""
     expected = _read(folder, ["recipe.yaml"], broken)["recipe.yaml"].get("expect", {})
-    table = folder / "metrics.csv"
-    with ...
+    rows: list[dict[str, float]] = [{}]
+    with suppress(OSError, ValueError, TypeError), (folder / "metrics.csv").open(newline="") as file:
+        rows += [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
+    top = max(rows, key=lambda row: row.get(METRIC, 0))
+    best = {METRIC: {"value": top.get(METRIC), "epoch": top.get("epoch")}}
+    return {"status": UNFINISHED, "epochs": len(rows) - 1, "final": rows[-1], "best": best, "expected": expected}
 
 
-def _made_by(run: dict[str, Any]) -> dict[str, Any]:
-    """Return what produced a run's numbers, by dotted key: recipe, plugins with versions and options, environment."""
-    locked = [p for p in run["plugins.lock.json"] if isinstance(p, dict)]
-    plugins = {
-        p.get("name"): {"from": f"{p.get('distribution')} {p.get('version')} ({p.get('source')})", "options": p.get("options")}
-        for p in locked
-    }
-    order = {"order": ", ".join(map(str, plugins))}
-    return _flat({**run["recipe.yaml"], "plugins": order | plugins, "environment": run["environment.json"]})
+def _results(run: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's result by dotted key, what is expected of a metric beside what was reached."""
+    flat = _flat({"run": run["run"], **run["result.json"]})
+    metrics = ("final.", "best.", "expected.")
+    return dict(sorted(flat.items(), key=lambda kv: kv[0].split(".")[1:2] if kv[0].startswith(metrics) else []))
+
+
+def _sources(run: dict[str, Any]) -> dict[str, Any]:
+    plugins = {"order": list(run["plugins.lock.json"]), **run["plugins.lock.json"]}
+    return _flat({**run["recipe.yaml"], "plugins": plugins, "environment": run["environment.json"]})
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def _beside(columns: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {key: [column.get(key) for column in columns] for key in dict.fromkeys(k for c in columns for k in c)}
+
+
+def _cell(value: Any) -> str:
+    return number(value) if type(value) in (int, float, type(None)) else str(value)
+
+
+_RUN = {"metavar": "RUN_DIR", "help": "the directory of a run"}
+_RUNS = {"metavar": "FOLDER", "nargs": "?", "default": Path("runs"), "help": "default: runs"}
+LIST = _Command("List runs, newest first.", "examples:\n  trainkit runs list\n", _RUNS, _list)
+SHOW = _Command("Show one run.", "examples:\n  trainkit runs show runs/se/20260101-120000-0\n", _RUN, _show)
+COMPARE = _Command("Compare runs.", "examples:\n  trainkit runs compare runs/se/*\n", {**_RUN, "nargs": "+"}, _compare)

@@ -1,0 +1,56 @@
+"""Traces of single steps."""
+
+from attrs import field
+from attrs.validators import ge
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from trainkit import Run
+from trainkit.plugin import hookimpl, plugin
+
+__all__ = ["TorchProfiler"]
+
+
+@plugin
+class TorchProfiler:
+    """Record some steps with torch.profiler as a trace for Perfetto or chrome://tracing.
+
+    The trace is ``profile/trace.json`` in the run directory, with what ran on the processor and, where there is one,
+    on the GPU. Recording slows the steps that it sees.
+
+    Args:
+        after: steps before recording starts, at least 1: the first ones allocate, tune and compile.
+        steps: steps recorded; at least 1.
+    """
+
+    after: int = field(default=10, validator=ge(1))
+    steps: int = field(default=3, validator=ge(1))
+    _profile: profile | None = field(init=False, default=None)
+
+    @hookimpl
+    def fit_start(self, run: Run) -> None:
+        """Arm the profiler."""
+        assert run.dir is not None
+        path = run.dir.path / "profile" / "trace.json"
+
+        def save(recorded: profile) -> None:
+            path.parent.mkdir(exist_ok=True)
+            recorded.export_chrome_trace(str(path))
+            run.console.print(f"torch_profiler: {path}", markup=False, highlight=False, soft_wrap=True)
+
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if run.device.type == "cuda" else [])]
+        phases = schedule(wait=self.after - 1, warmup=1, active=self.steps, repeat=1)
+        self._profile = profile(activities=activities, schedule=phases, on_trace_ready=save)
+        self._profile.start()
+
+    @hookimpl
+    def step_end(self) -> None:
+        """Tell the profiler that a step is over."""
+        if self._profile is not None:
+            self._profile.step()
+
+    @hookimpl
+    def fit_end(self) -> None:
+        """Stop, also where the run ended before all was recorded."""
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile = None

@@ -1,0 +1,135 @@
+"""Training speed of a recipe beside the published notebook's loop and beside the bare loop of the same model.
+
+The notebook's loop: PIL transforms, a DataLoader with two workers, eager float32, a ``.item()`` a step. The bare loop:
+forward, backward and step of the same network in the recipe's precision on one ready batch, without data or trainer.
+``--root`` is CIFAR-10 in class folders; without it, random images take its place.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from typing import Any
+
+import torch
+from common import ROOT, alternate, arguments, report, show
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms as v1
+from transforms import NAMES, of_torchvision
+
+from trainkit import Data, Run, TensorSplit, fit, load_recipe
+from trainkit.activation import Active, activate, register
+from trainkit.plugin import hookimpl, plugin
+from trainkit.run import build_with
+
+SKIPPED = ("figures", "checkpoint", "metric_log", "progress", "model_summary")
+
+
+@plugin
+class RandomImages:
+    """Random images of CIFAR-10's form."""
+
+    @hookimpl
+    def data(self) -> Data:
+        images = torch.randint(0, 256, (20_000, 3, 32, 32), dtype=torch.uint8)
+        split = TensorSplit(images, torch.arange(20_000) % 10)
+        test = TensorSplit(images[:100], split.targets[:100])
+        return Data(train=split, test=test, classes=tuple("0123456789"), shape=(3, 32, 32))
+
+
+def built(recipe_name: str, root: str, steps: int, *overrides: str) -> Run:
+    """Build a recipe for a number of steps."""
+    drop = [f"plugins.{name}=false" for name in SKIPPED]
+    where = [f"plugins.cifar10.root={root}"] if root else ["plugins.cifar10=false"]
+    recipe = load_recipe(ROOT / "recipes" / f"{recipe_name}.yaml", [*drop, *where, f"max_steps={steps}", *overrides])
+    hooks = activate(recipe)
+    if not root:
+        hooks = register([Active("images", RandomImages()), *hooks.plugins.values()])
+    return build_with(recipe, hooks)
+
+
+def trainkit_speed(recipe: str, root: str, steps: int) -> float:
+    """Return training images a second of the recipe through the trainer."""
+    run = built(recipe, root, steps)
+    with tempfile.TemporaryDirectory() as folder:
+        result = fit(run, folder, test_batches=1)
+    assert result.images_per_second is not None
+    return result.images_per_second
+
+
+def bare_speed(recipe: str, root: str, steps: int) -> float:
+    """Return images a second of forward, backward and step on one batch, in the recipe's precision and format."""
+    run = built(recipe, root, steps)
+    batch = next(run.batches["train"].iterate())
+    images = run.transforms["train"](batch.images, run.rng).contiguous(memory_format=torch.channels_last)
+    run.forward.train()
+    start = 0.0
+    for step in range(steps + 1):
+        if step == 1:
+            start = time.perf_counter()
+        with run.context:
+            loss = run.loss(run.forward(images), batch.targets)
+        loss.backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    return steps * len(images) / (time.perf_counter() - start)
+
+
+class Pictures(Dataset[Any]):
+    """PIL images and the notebook's transforms."""
+
+    def __init__(self, split: Any) -> None:
+        self.images, self.targets = split.images, split.targets
+        self.transform = of_torchvision(v1, NAMES)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.transform(Image.fromarray(self.images[index].permute(1, 2, 0).numpy())), self.targets[index]
+
+
+def notebook_speed(recipe: str, root: str, steps: int) -> float:
+    """Return images a second of the notebook's loop."""
+    run = built(recipe, root, steps, "plugins.channels_last=false", "plugins.autocast=false")
+    loader = DataLoader(Pictures(run.data.train), batch_size=128, shuffle=True, num_workers=2)
+    optimizer, seen, start, total = run.optimizer, 0, 0.0, 0.0
+    run.model.train()
+    for step, (images, targets) in enumerate(loader):
+        if step == 1:
+            start = time.perf_counter()
+        optimizer.zero_grad()
+        loss = run.loss(run.model(images), targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_value_(run.model.parameters(), 0.1)
+        optimizer.step()
+        total += loss.item()
+        seen += len(images) * (step > 0)
+        if step == steps:
+            break
+    return seen / (time.perf_counter() - start)
+
+
+def main() -> None:
+    """Measure and print."""
+    args = arguments(__doc__, recipe="basic_se", root="", steps=8, rounds=5)
+    contenders = {
+        "the notebook's loop": lambda: notebook_speed(args.recipe, args.root, args.steps),
+        "trainkit run": lambda: trainkit_speed(args.recipe, args.root, args.steps),
+        "bare loop, same precision": lambda: bare_speed(args.recipe, args.root, args.steps),
+    }
+    found = alternate(contenders, args.rounds)
+    rows = []
+    for name, values in found.items():
+        beside = [
+            show([v / p for v, p in zip(values, found[other], strict=True)], 2)
+            for other in ("the notebook's loop", "bare loop, same precision")
+        ]
+        rows.append((name, show(values), *beside))
+    columns = ["loop", "images/s", "times the notebook", "times the bare loop"]
+    report(args, f"{args.recipe}, batch 128, {torch.get_num_threads()} threads: median (least-greatest)", columns, rows)
+
+
+if __name__ == "__main__":
+    main()
