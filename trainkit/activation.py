@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -47,17 +48,29 @@ class Active:
 
 @attrs.frozen(eq=False)
 class Implementation:
-    """One plugin's part in one hook; `call` takes all arguments of the hook by position."""
+    """One plugin's part in one hook. Calling it takes all arguments of the hook by position."""
 
     active: Active
     hook: str
     call: Callable[..., Any]
+    hooks: Hooks
 
-    def failed(self, error: Exception, kind: type[TrainkitError]) -> TrainkitError:
-        """Return the error that names plugin, distribution, version and hook."""
-        if isinstance(error, TrainkitError):  # the plugin said what is wrong itself
-            return type(error)(f"{self.active}, {self.hook}: {error}")
-        return kind(f"{self.active} failed in {self.hook}: {type(error).__name__}: {error}")
+    def __call__(self, *args: Any) -> Any:
+        """Call the plugin; whatever it raises comes out as an error that names plugin, distribution, version, hook."""
+        try:
+            return self.call(*args)
+        except TrainkitError as error:  # the plugin said what is wrong itself
+            raise type(error)(f"{self.active}, {self.hook}: {error}") from error
+        except Exception as error:
+            message = f"{self.active} failed in {self.hook}: {type(error).__name__}: {error}"
+            raise self.hooks.failure(message) from error
+
+    def checked(self, expected: type | tuple[type, ...], *args: Any) -> Any:
+        """Call the plugin and hold what it returns against the type that the hook asks for."""
+        value = self(*args)
+        if not isinstance(value, expected):
+            raise self.wrong(value, expected)
+        return value
 
     def wrong(self, value: object, expected: type | tuple[type, ...]) -> PluginError:
         """Return the error for a result of the wrong type."""
@@ -105,7 +118,7 @@ class Hooks:
             call = _positional(impl.function, list(impl.argnames), list(arguments))
             if self.instrument is not None:
                 call = self.instrument(call, active.name, hook)
-            found.append(Implementation(active, hook, call))
+            found.append(Implementation(active, hook, call, self))
         return sorted(found, key=lambda i: self._order[id(i.active.instance)])
 
     def notify(self, hook: str, *, reverse: bool = False) -> Callable[..., None] | None:
@@ -116,10 +129,7 @@ class Hooks:
 
         def fire(*args: Any) -> None:
             for impl in found:
-                try:
-                    impl.call(*args)
-                except Exception as error:
-                    raise impl.failed(error, self.failure) from error
+                impl(*args)
 
         return fire
 
@@ -131,12 +141,7 @@ class Hooks:
 
         def fire(run: Run, value: Any) -> Any:
             for impl in found:
-                try:
-                    value = impl.call(run, value)
-                except Exception as error:
-                    raise impl.failed(error, self.failure) from error
-                if not isinstance(value, returns):
-                    raise impl.wrong(value, returns)
+                value = impl.checked(returns, run, value)
             return value
 
         return fire
@@ -156,18 +161,7 @@ class Hooks:
             )
         if not found:
             return None
-        (impl,) = found
-
-        def fire(*args: Any) -> Any:
-            try:
-                value = impl.call(*args)
-            except Exception as error:
-                raise impl.failed(error, self.failure) from error
-            if not isinstance(value, returns):
-                raise impl.wrong(value, returns)
-            return value
-
-        return fire
+        return partial(found[0].checked, returns)
 
     def required(self, hook: str, returns: type | tuple[type, ...]) -> Callable[..., Any]:
         """Return the only implementation of a hook.
@@ -187,15 +181,10 @@ class Hooks:
         """Call every implementation and return their results, without None."""
         results = []
         for impl in self.implementations(hook):
-            try:
-                value = impl.call(*args)
-            except Exception as error:
-                raise impl.failed(error, self.failure) from error
-            if value is None:
-                continue
-            if not isinstance(value, returns):
+            value = impl(*args)
+            if value is not None and not isinstance(value, returns):
                 raise impl.wrong(value, returns)
-            results.append((impl, value))
+            results += [(impl, value)] if value is not None else []
         return results
 
 

@@ -325,11 +325,9 @@ def _fit_end(run: Run, error: BaseException | None) -> BaseException | None:
     """Fire ``fit_end`` for every plugin, in reverse order, whatever the others do, and return the run's first error."""
     for impl in reversed(run.hooks.implementations("fit_end")):
         try:
-            impl.call(run, error)
+            impl(run, error)
         except Exception as caught:
-            failure = impl.failed(caught, RunError)
-            failure.__cause__ = caught
-            error = error or failure
+            error = error or caught
     return error
 
 
