@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from trainkit import Batch, Data, Schedule, TensorSplit, evaluate, fit
 from trainkit.data import order
-from trainkit.errors import PluginError, RunError
+from trainkit.errors import RunError
 from trainkit.plugin import hookimpl, plugin
 from trainkit.rng import torch_seed
 from trainkit.testing import build_run, made_data, parameters_of, run_steps
@@ -264,7 +264,7 @@ def test_metrics_come_to_the_host_under_the_splits_name(tmp_path):
 
 def test_a_metric_that_two_plugins_report_names_both(tmp_path):
     run = build_run({"one": Metric(value=1.0), "two": Metric(value=2.0)})
-    with pytest.raises(PluginError, match="plugin 'one' and plugin 'two' both report the metric 'loss'"):
+    with pytest.raises(RunError, match="plugin 'one' and plugin 'two' both report the metric 'loss'"):
         fit(run, tmp_path)
 
 

@@ -4,6 +4,8 @@ A split is map-style: ``len(split)`` and ``split[i] -> (uint8 [C, H, W], int)``.
 device as a whole, and a batch of it is one indexing; any other split is decoded by the workers of a DataLoader.
 """
 
+import signal
+import threading
 from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any, Protocol, runtime_checkable
@@ -143,6 +145,7 @@ class Batches:
                 num_workers=workers,
                 persistent_workers=workers > 0,
                 pin_memory=device.type == "cuda",
+                worker_init_fn=_leave_signals_to_the_run,
             )
 
     def __len__(self) -> int:
@@ -173,14 +176,31 @@ class Batches:
             list(indices[i : i + self.batch_size]) for i in range(first, len(indices), self.batch_size)
         ]
         try:
-            for images, targets in self._loader:
+            passing = iter(self._loader)
+            if self._loader.num_workers and threading.current_thread() is threading.main_thread():
+                # torch's handler raises wherever Python happens to be; a dead worker is found at its next batch anyway
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for images, targets in passing:
                 yield Batch(images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
         except DataError as error:  # a worker's comes with its traceback; the last line is what it said
             raise DataError(str(error).strip().splitlines()[-1].removeprefix("trainkit.errors.DataError: ")) from None
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise RunError(f"a process that decodes images died: {str(error).splitlines()[0]}") from error
+            raise RunError(f"a process that decodes images died: {str(error).splitlines()[0]}") from None
+
+    def close(self) -> None:
+        """End the worker processes, if there are any; the next iteration starts new ones."""
+        passing: Any = getattr(self._loader, "_iterator", None)
+        if passing is not None:  # left to the interpreter's exit, they die of signals that it reports as errors
+            passing._shutdown_workers()
+            self._loader._iterator = None  # type: ignore[union-attr]
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; a worker that died of it would fail a run that is about to save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Decoded(Dataset[tuple[Tensor, int]]):

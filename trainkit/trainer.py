@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.data import Batch, fingerprint, order
-from trainkit.errors import PluginError, RunError
+from trainkit.errors import PluginError, RunError, TrainkitError
 from trainkit.rng import stream, torch_seed
 from trainkit.run import Run, best_of, count_parameters, to_host
 from trainkit.rundir import RunDir, environment, lock
@@ -298,6 +298,10 @@ def _fit(run: Run, run_dir: RunDir, test_batches: int | None) -> Result:
         finally:
             result = _result(run, trainer, error, perf_counter() - start)
             run_dir.write_json("result.json", result.to_dict())
+            for batches in run.batches.values():
+                batches.close()
+    if isinstance(error, TrainkitError) and not isinstance(error, RunError):
+        raise RunError(str(error)) from error  # whatever is wrong, it is the run that failed
     if error is not None:
         raise error
     return result

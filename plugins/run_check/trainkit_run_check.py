@@ -7,15 +7,12 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from trainkit.cli.output import print_json, printable, table
 from trainkit.errors import TrainkitError, UsageError
 from trainkit.registry import installed
 from trainkit.rundir import RunDir
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 __all__ = ["EXAMPLES", "HELP", "Finding", "add_arguments", "run"]
 
@@ -40,20 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a finding for each part, then the answer; return 0 if all is whole and the run would resume exactly."""
-    from rich.console import Console
-
     run_dir = RunDir(args.run_dir)
     run_dir.recipe_path()
     findings = [*_files(run_dir), *_plugins(run_dir)]
-    reasons, position = _resume(run_dir, Console(quiet=True))
+    reasons, position = _resume(run_dir)
     whole, exact = all(f.verdict in ("whole", "absent") for f in findings), not reasons
     answer = f"would resume exactly, from {position}" if exact else f"would not: {'; '.join(reasons)}"
     if args.json:
         print_json({"findings": [f._asdict() for f in findings], "whole": whole, "exact": exact, "answer": answer})
     else:
-        console = Console()
-        console.print(table(Finding._fields, findings))
-        console.print(printable(answer), markup=False, highlight=False, soft_wrap=True)
+        from rich.console import Console
+
+        Console().print(table(Finding._fields, findings))
+        Console().print(printable(answer), markup=False, highlight=False, soft_wrap=True)
     return 0 if whole and exact else 1
 
 
@@ -104,11 +100,9 @@ def _records(path: Path) -> str:
 def _epochs(path: Path) -> str:
     text = path.read_text()
     header, *rows = csv.reader(text.splitlines())
-    numbers = [[float(cell) for cell in row if cell] for row in rows]
-    if not text.endswith("\n") or any(len(row) != len(header) for row in rows):
-        raise UsageError("cut short: a row has fewer or more cells than the header")
-    if [row[0] for row in numbers] != [*range(1, len(rows) + 1)]:
-        raise UsageError(f"its {len(rows)} rows are not epochs 1 to {len(rows)}")
+    numbers = [[float(cell or "nan") for cell in row] for row in rows]
+    if not text.endswith("\n") or any(len(row) != len(header) or row[:1] != [n] for n, row in enumerate(numbers, 1)):
+        raise UsageError(f"cut short, or its rows are not epochs 1 to {len(rows)}, whole")
     return f"{len(rows)} epochs"
 
 
@@ -128,8 +122,10 @@ def _plugins(run_dir: RunDir) -> Iterator[Finding]:
             yield Finding(f"plugin {name}", "differs", f"was {then}, is {now or 'not installed'}")
 
 
-def _resume(run_dir: RunDir, console: Console) -> tuple[list[str], str]:
+def _resume(run_dir: RunDir) -> tuple[list[str], str]:
     """Return what keeps the run from resuming exactly, and from where it would resume."""
+    from rich.console import Console
+
     from trainkit.cli.resume import differences, load_latest
     from trainkit.recipe import load_recipe
     from trainkit.run import build
@@ -139,7 +135,7 @@ def _resume(run_dir: RunDir, console: Console) -> tuple[list[str], str]:
         with run_dir.locked():  # a run that goes on cannot be resumed
             recipe = load_recipe(run_dir.recipe_path())
             state, notice = load_latest(run_dir)
-            built = build(recipe, console=console)
+            built = build(recipe, console=Console(quiet=True))
             reasons = differences(state, recipe, provenance(built))
             built.load_state_dict(state)
         # a checkpoint counts the rows that metric_log wrote before it, and resuming needs them

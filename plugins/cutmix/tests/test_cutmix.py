@@ -102,6 +102,12 @@ def test_channels_last_images_stay_so():
     assert mix(batch, (1, 1, 3, 3), 5).images.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_needs_no_value_on_the_host():
+    batch = made_batch(4, 5)
+    mixed = mix(Batch(batch.images.to("meta"), batch.targets.to("meta")), (0, 1, 2, 3), 5)  # a device without values
+    assert (mixed.images.shape, mixed.targets.shape) == (batch.images.shape, (4, 5))
+
+
 def test_test_batches_stay_as_they_are():
     batch = made_batch(4, 5)
     before = batch.images.clone()

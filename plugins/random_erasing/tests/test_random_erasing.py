@@ -124,6 +124,13 @@ def test_images_one_by_one_equal_the_batch():
     assert torch.equal(torch.cat(one_by_one), erasing.apply(images, params))
 
 
+def test_needs_no_value_on_the_host():
+    erasing = built()
+    params = {k: v.to("meta") for k, v in drawn(erasing, 8, (20, 24)).items()}  # a device without values
+    erasing._fill = erasing._fill.to("meta")
+    assert erasing.apply(noise(8, (20, 24), torch.float32).to("meta"), params).shape == (8, 3, 20, 24)
+
+
 def test_training_images_only():
     run = build_run({"random_erasing": RandomErasing(p=1, scale=(0.2, 0.3), value=255)})
     images = run.data.train.images

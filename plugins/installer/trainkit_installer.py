@@ -1,0 +1,123 @@
+"""Install the plugins that a recipe lists and that are missing, from where the recipe says."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainkit.cli.output import printable
+from trainkit.errors import PluginError, RecipeError, RunError, UsageError
+from trainkit.registry import installed, missing_hint, source_of
+
+if TYPE_CHECKING:
+    from trainkit.recipe import Recipe
+
+__all__ = ["Install"]
+
+
+class Install:
+    """``trainkit plugins install``."""
+
+    HELP = "Install the plugins that a recipe lists and that are missing, from where the recipe says."
+    EXAMPLES = """\
+examples:
+  trainkit plugins install recipes/dense_shared.yaml
+  trainkit plugins install recipes/dense_shared.yaml plugins.figures=false --yes
+"""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Declare the command's arguments."""
+        parser.add_argument("recipe", metavar="RECIPE", help="a recipe file")
+        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace one value of the recipe")
+        parser.add_argument("--yes", action="store_true", help="do not ask")
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Show the command, ask, run it, and see whether the plugins are there then."""
+        from trainkit.recipe import load_recipe
+
+        recipe = load_recipe(args.recipe, args.overrides)
+        missing = _missing(recipe)
+        if not missing:
+            print(f"{printable(recipe.where)}: nothing to install: every plugin that it lists is installed")
+            return 0
+        command = [*_installer(), *_sources(recipe, missing)]
+        print(printable(shlex.join(command)), flush=True)
+        if not (args.yes or _agreed()):
+            print("nothing was installed")
+            return 1
+        if code := subprocess.run(command, check=False).returncode:
+            raise RunError(f"the command failed with exit code {code}; what it printed above says why")
+        importlib.invalidate_caches()
+        if still := _missing(recipe):
+            raise PluginError(f"installed, but no package provides the plugin {', '.join(map(repr, still))}")
+        return 0
+
+
+def _missing(recipe: Recipe) -> list[str]:
+    have = installed()
+    return [name for name in recipe.plugins if name not in have]
+
+
+def _sources(recipe: Recipe, missing: list[str]) -> list[str]:
+    """Return what the installer is told to install: folders of the checkout, and requirements that were checked.
+
+    Raises:
+        PluginError: plugins have no source; all of them are named.
+        RecipeError: a requirement is not a project with versions.
+    """
+    for name in missing:
+        if not name.isidentifier():  # a file's name, say, would have another meaning to the installer
+            raise PluginError(f"{recipe.where}: plugins: {name!r} is no name of a plugin")
+    sources = {name: shlex.split(source_of(recipe, name) or "") for name in missing}
+    if unknown := [name for name, source in sources.items() if not source]:
+        raise PluginError(missing_hint(recipe, unknown, installed()))
+    arguments: list[str] = []
+    for source in sources.values():
+        is_folder = len(source) == 2  # -e and the folder; a requirement is quoted, so it is one word whatever it says
+        arguments += source if is_folder else [_requirement(recipe, source[0])]
+    return arguments
+
+
+def _requirement(recipe: Recipe, text: str) -> str:
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    try:
+        requirement = Requirement(text)
+    except InvalidRequirement as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"{recipe.where}: requires: {text!r} is not a requirement: {reason}") from error
+    if requirement.url is not None:
+        raise RecipeError(
+            f"{recipe.where}: requires: {text!r} names an address, which is not installed on a recipe's word; if you "
+            "trust it, install it yourself"
+        )
+    return str(requirement)
+
+
+def _installer() -> list[str]:
+    """Return the command that installs into the environment of this interpreter."""
+    settings = Path(sys.prefix, "pyvenv.cfg")
+    made_by_uv = settings.is_file() and re.search(r"^uv\s*=", settings.read_text(), re.MULTILINE)
+    has_pip = find_spec("pip") is not None
+    if (made_by_uv or not has_pip) and (uv := shutil.which("uv")):
+        return [uv, "pip", "install", "--python", sys.executable]
+    if has_pip:
+        return [sys.executable, "-m", "pip", "install"]
+    raise UsageError(f"neither pip nor uv is there for {sys.executable}; add pip with `python -m ensurepip`")
+
+
+def _agreed() -> bool:
+    if not sys.stdin.isatty():
+        raise UsageError("there is no terminal to ask on; pass --yes to run this command")
+    print("run this? [y/N] ", end="", flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")  # the end of the input is a no

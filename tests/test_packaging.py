@@ -1,0 +1,302 @@
+"""Each plugin is a package of its own: it builds, installs and works alone, and leaves nothing when it goes."""
+
+import ast
+import configparser
+import json
+import re
+import sys
+import tomllib
+import zipfile
+from email.parser import Parser
+from importlib.metadata import packages_distributions
+
+import pytest
+import yaml
+from PIL import Image
+
+from trainkit import __version__
+
+from .environments import PLUGINS, ROOT, Environment, distribution, environment, wheel
+
+SAMPLE = ("se", "sgd", "progress", "run_browser")  # a model's part, a provider, an observer, a command
+
+each_plugin = pytest.mark.parametrize("plugin", PLUGINS)
+
+
+def project(folder):
+    """Return the metadata that a project's file declares."""
+    return tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture
+def contents(plugin):
+    """The files of a plugin's wheel, by name."""
+    with zipfile.ZipFile(wheel(PLUGINS[plugin])) as archive:
+        return {name: archive.read(name).decode() for name in archive.namelist()}
+
+
+def imported(source):
+    """Return the top-level names of the packages that a module imports when it runs, wherever in it."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.partition(".")[0])
+    return names - sys.stdlib_module_names
+
+
+def normal(name):
+    return re.sub("[-_.]+", "-", name).lower()
+
+
+@each_plugin
+def test_its_folder_holds_four_files(plugin):
+    home = PLUGINS[plugin]
+    kept = {p.relative_to(home).as_posix() for p in home.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert kept == {"pyproject.toml", "README.md", f"trainkit_{plugin}.py", f"tests/test_{plugin}.py"}
+
+
+@each_plugin
+def test_its_wheel_holds_one_module_and_metadata(plugin, contents):
+    info = f"trainkit_{plugin}-{__version__}.dist-info"
+    assert set(contents) == {
+        f"trainkit_{plugin}.py",
+        *(f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt")),
+    }
+    metadata = Parser().parsestr(contents[f"{info}/METADATA"])
+    assert metadata["Name"] == distribution(plugin)
+    assert f"# {distribution(plugin)}" in metadata.get_payload()
+    assert metadata["Summary"].endswith(".")
+    assert "trainkit>=0.1,<0.2" in metadata.get_all("Requires-Dist")
+    entries = configparser.ConfigParser(delimiters="=")
+    entries.read_string(contents[f"{info}/entry_points.txt"])
+    assert set(entries.sections()) <= {"trainkit.plugins", "trainkit.commands"}
+    values = [value for group in entries.sections() for value in entries[group].values()]
+    assert {value.partition(":")[0] for value in values} == {f"trainkit_{plugin}"}
+
+
+@each_plugin
+def test_it_declares_what_it_imports_and_nothing_else(plugin, contents):
+    """What comes with trainkit itself, such as attrs, may be declared again or not."""
+    core = {normal(re.split(r"[<>=]", text)[0]) for text in project(ROOT)["dependencies"]} | {"trainkit"}
+    declared = {normal(re.split(r"[<>=]", text)[0]) for text in project(PLUGINS[plugin])["dependencies"]}
+    distributions = packages_distributions()
+    needed = {normal(distributions.get(name, [name])[0]) for name in imported(contents[f"trainkit_{plugin}.py"])}
+    assert needed - core <= declared <= needed | {"trainkit"}
+
+
+def test_requirements_install_every_plugin():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert [line for line in lines if line.startswith("-e")] == ["-e .", *(f"-e ./plugins/{name}" for name in PLUGINS)]
+
+
+# Run by an environment that holds the core alone. Each wheel is imported, as a zip, by a process of its own, forked when
+# torch is there and warm. The network's modules are named like those of `resnet` and the images are of CIFAR-10's size,
+# so that the recipe lines of every README fit.
+ALONE = """
+import json, multiprocessing, sys
+import torch
+from torch import nn
+from trainkit.cli import main
+from trainkit.plugin import hookimpl, plugin
+from trainkit.recipe import from_dict, make_options
+from trainkit.registry import COMMANDS, PLUGINS, installed
+from trainkit.testing import build_run, made_data, run_steps
+
+class Block(nn.Sequential):
+    def __init__(self, channels):
+        super().__init__()
+        for n in (1, 2):
+            self.add_module(f"conv{n}", nn.Conv2d(channels, channels, 3, padding=1))
+            self.add_module(f"bn{n}", nn.BatchNorm2d(channels))
+
+class Network(nn.Module):
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 16, 3, stride=4)
+        self.stages = nn.Sequential(*(nn.Sequential(Block(16), Block(16)) for _ in range(3)))
+        self.fc = nn.Linear(16, classes)
+
+    def forward(self, images):
+        return self.fc(self.stages(self.stem(images)).mean((2, 3)))
+
+@plugin
+class ProvidesData:
+    @hookimpl
+    def data(self):
+        return made_data(size=32)
+
+@plugin
+class ProvidesModel:
+    @hookimpl
+    def model(self, run):
+        return Network(run.data.shape[0], len(run.data.classes))
+
+@plugin
+class ProvidesOptimizer:
+    @hookimpl
+    def optimizer(self, params):
+        return torch.optim.SGD(params, lr=0.01, weight_decay=1e-4)
+
+@plugin
+class ProvidesMetrics:
+    @hookimpl
+    def metrics(self):
+        return {"loss": 1.0}
+
+def surroundings(*provided):
+    parts = {"data": ProvidesData, "model": ProvidesModel, "optimizer": ProvidesOptimizer}
+    return {"metrics": ProvidesMetrics(), **{hook: cls() for hook, cls in parts.items() if hook not in provided}}
+
+def check(item):
+    name, wheel, options = item
+    sys.path.insert(0, wheel)
+    if options is None:
+        for entries in installed(COMMANDS).values():
+            command = entries[0].load()
+            assert command.HELP and callable(command.run)
+            try:
+                main([*entries[0].name.split("."), "--help"])
+            except SystemExit as end:
+                assert end.code == 0
+    else:
+        cls = installed(PLUGINS)[name][0].load()
+        recipe = from_dict({"name": "alone", "epochs": 1, "batch_size": 8, "plugins": {name: options}})
+        plugins = {**surroundings(*vars(cls)), name: make_options(recipe, name, cls)}
+        if name == "compile":  # compiling takes half a minute, and its own tests do it
+            build_run(plugins)
+        else:
+            assert run_steps(plugins, steps=1).step == 1
+    return sorted(module for module in sys.modules if module.startswith("trainkit_"))
+
+def report(item):
+    try:
+        return item[0], check(item), None
+    except BaseException as error:
+        return item[0], [], f"{type(error).__name__}: {error}"
+
+torch.set_num_threads(1)
+run_steps(surroundings(), steps=1)
+with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+    print(json.dumps(pool.map(report, json.loads(sys.argv[1]), chunksize=1)))
+"""
+
+
+def is_plugin(plugin):
+    """Tell what a recipe can list from what are commands alone."""
+    return "trainkit.plugins" in project(PLUGINS[plugin])["entry-points"]
+
+
+def readme_options(plugin):
+    """Return the options that a plugin's README gives it."""
+    lines = re.search(r"```yaml\n(.*?)```", (PLUGINS[plugin] / "README.md").read_text(), re.DOTALL).group(1)
+    return yaml.safe_load(lines)["plugins"][plugin] or {}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What came of each wheel alone beside the core: the plugins' modules that were imported, and an error."""
+    folder = tmp_path_factory.mktemp("alone")
+    ten = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    for images, classes in (("data", ten), ("data/flowers", ["aster", "tulip"])):  # where the READMEs look for them
+        for split in ("train", "test"):
+            for name in classes:
+                (folder / images / split / name).mkdir(parents=True)
+                for number in range(8):
+                    Image.new("RGB", (32, 32)).save(folder / images / split / name / f"{number}.png")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    items = [
+        (plugin, str(wheel(PLUGINS[plugin])), readme_options(plugin) if is_plugin(plugin) else None)
+        for plugin in PLUGINS
+    ]
+    reports = environment(ROOT).evaluate(ALONE, json.dumps(items), cwd=folder)
+    return {plugin: (modules, error) for plugin, modules, error in reports}
+
+
+@each_plugin
+def test_it_works_alone_beside_the_core(plugin, alone):
+    """With the recipe lines of its own README it trains a step; of its kind, it imports itself alone."""
+    modules, error = alone[plugin]
+    assert error is None
+    assert modules == [f"trainkit_{plugin}"]
+
+
+def files(plugin):
+    """Return what pip makes of a plugin's wheel, as paths in an environment's site-packages."""
+    info = f"trainkit_{plugin}-{__version__}.dist-info"
+    with zipfile.ZipFile(wheel(PLUGINS[plugin])) as archive:
+        return {*archive.namelist(), f"{info}/INSTALLER", f"{info}/REQUESTED", f"{info}/direct_url.json"}
+
+
+def test_uninstalling_leaves_nothing_and_the_rest_works():
+    """Some are uninstalled one by one (a second each); of all others, together, only what is left is looked at."""
+    env = Environment()
+    env.install(ROOT)
+    empty = env.listing()
+    env.install(*PLUGINS.values())
+    site = env.site.relative_to(env.folder)
+    full = env.listing()
+    assert full == empty | {f"{site}/{name}" for plugin in PLUGINS for name in files(plugin)}
+
+    left = full
+    for plugin in SAMPLE:
+        env.pip("uninstall", "-y", distribution(plugin))
+        left = left - {f"{site}/{name}" for name in files(plugin)}
+        assert env.listing() == left
+    assert listed(env) == {plugin for plugin in PLUGINS if is_plugin(plugin)} - {*SAMPLE}
+    assert "no command 'runs'" in env.trainkit("runs", "list").stderr
+
+    recipe = "recipes/quickstart.yaml"
+    done = env.trainkit("run", recipe, cwd=ROOT)
+    line = "pip install -e ./plugins/se -e ./plugins/sgd -e ./plugins/progress"
+    missing = "plugins 'se', 'sgd', 'progress' are not installed"
+    assert (done.returncode, done.stderr) == (2, f"error: {recipe}: {missing}; install with: {line}\n")
+    without = ("plugins.progress=false", "plugins.se=false", "plugins.sgd=false", "plugins.adam.lr=0.01")
+    done = env.trainkit("run", ROOT / recipe, "--dry-run", "--json", *without)
+    assert json.loads(done.stdout)["steps"] == 2, done.stderr
+
+    env.pip("install", "--no-build-isolation", *line.split()[2:], cwd=ROOT)
+    assert {"se", "sgd", "progress"} <= listed(env)
+    env.pip("uninstall", "-y", *(distribution(plugin) for plugin in PLUGINS if plugin != "run_browser"))
+    assert env.listing() == empty
+
+
+def listed(env):
+    """Return the names that `trainkit plugins list` shows."""
+    return {plugin["name"] for plugin in json.loads(env.trainkit("plugins", "list", "--json").stdout)}
+
+
+MISSING = """
+import json, sys
+from trainkit.errors import PluginError
+from trainkit.recipe import from_dict
+from trainkit.registry import find
+from pathlib import Path
+
+wheels = json.loads(sys.argv[1])
+path = list(sys.path)
+said = {}
+for name in wheels:
+    sys.path[:] = [*path, *(wheel for other, wheel in wheels.items() if other != name)]
+    tree = {"name": "r", "epochs": 1, "batch_size": 1, "plugins": {other: None for other in wheels}}
+    try:
+        find(from_dict(tree, Path("recipes/r.yaml")))
+    except PluginError as error:
+        said[name] = str(error)
+print(json.dumps(said))
+"""
+
+
+def test_a_recipe_that_lists_a_plugin_says_what_installs_it_again():
+    """Each plugin is the only one that is missing, in turn; the wheels of the others are importable, as zips."""
+    wheels = {plugin: str(wheel(PLUGINS[plugin])) for plugin in PLUGINS if is_plugin(plugin)}
+    said = environment(ROOT).evaluate(MISSING, json.dumps(wheels), cwd=ROOT)
+    assert said == {
+        name: f"recipes/r.yaml: plugin {name!r} is not installed; install with: pip install -e ./plugins/{name}"
+        for name in wheels
+    }
