@@ -95,9 +95,9 @@ def test_requirements_install_every_plugin():
     assert [line for line in lines if line.startswith("-e")] == ["-e .", *(f"-e ./plugins/{name}" for name in PLUGINS)]
 
 
-# Run by an environment that holds the core alone. Each wheel is imported, as a zip, by a process of its own, forked when
-# torch is there and warm. The network's modules are named like those of `resnet` and the images are of CIFAR-10's size,
-# so that the recipe lines of every README fit.
+# Run by an environment that holds the core alone. Each wheel is imported, as a zip, by a process of its own, forked
+# when torch is there and warm. The network's modules are named like those of `resnet` and the images are of CIFAR-10's
+# size, so that the recipe lines of every README fit.
 ALONE = """
 import json, multiprocessing, sys
 import torch
@@ -202,7 +202,7 @@ def readme_options(plugin):
 def alone(tmp_path_factory):
     """What came of each wheel alone beside the core: the plugins' modules that were imported, and an error."""
     folder = tmp_path_factory.mktemp("alone")
-    ten = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    ten = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     for images, classes in (("data", ten), ("data/flowers", ["aster", "tulip"])):  # where the READMEs look for them
         for split in ("train", "test"):
             for name in classes:

@@ -59,6 +59,7 @@ class Run:
     schedules: list[Schedule] = field(init=False)
     context: AbstractContextManager[Any] = field(init=False)  #: surrounds every forward pass
 
+    batches_per_step: int = 1  #: set by a plugin that accumulates gradients, before schedulers are built
     epoch: int = 0  #: epochs completed
     step: int = 0  #: optimizer steps completed
     batch_index: int = 0  #: training batches completed in this epoch
@@ -79,9 +80,14 @@ class Run:
         return self.recipe.epochs
 
     @property
-    def steps_per_epoch(self) -> int:
+    def batches_per_epoch(self) -> int:
         """Training batches an epoch."""
         return len(self.batches["train"])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps an epoch; fewer than batches where gradients are accumulated."""
+        return -(-self.batches_per_epoch // self.batches_per_step)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

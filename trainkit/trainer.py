@@ -89,6 +89,9 @@ class Trainer:
         self.log = hooks.notify("log")
         self.step_schedulers = [s.scheduler for s in run.schedules if s.unit == "step"]
         self.epoch_schedulers = [s.scheduler for s in run.schedules if s.unit == "epoch"]
+        cuda = run.device.type == "cuda"
+        self.generator = torch.cuda.default_generators[run.device.index or 0] if cuda else torch.default_generator
+        self.draws: bool | None = None  # whether the network draws random numbers; not known before a first step
         self._clock = perf_counter()
 
     def lap(self, part: str) -> None:
@@ -125,6 +128,7 @@ class Trainer:
         run = self.run
         run.split = "train"
         run.forward.train()
+        self.draws = None
         indices = order(run.recipe.seed, run.epoch, len(run.data.train))
         for batch in run.batches["train"].iterate(indices, run.batch_index):
             self.lap("data")
@@ -138,14 +142,15 @@ class Trainer:
         """Take one step; returns False while gradients are still being accumulated."""
         run = self.run
         batch = self.prepare(batch)
-        # dropout and whatever else draws from torch's generator depend on the position alone
-        self.generator().manual_seed(torch_seed(run.recipe.seed, "step", run.epoch, run.batch_index))
+        seeded = self.seed() if self.draws is not False else None
         output, loss = run.compute_loss(batch)
         self.lap("forward")
         if self.forward_end:
             self.forward_end(run, batch, output, loss)
             self.lap("plugins")
         complete = self.backward(run, loss) is not False if self.backward else _backward(loss)
+        if self.draws is None:
+            self.draws = seeded is None or not torch.equal(seeded, self.generator.get_state())
         self.lap("backward")
         run.images += len(batch)
         run.batch_index += 1
@@ -181,10 +186,16 @@ class Trainer:
         run.batch = batch
         return batch
 
-    def generator(self) -> torch.Generator:
-        """Return the generator that torch's own random operations use on the run's device."""
-        device = self.run.device
-        return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+    def seed(self) -> Tensor | None:
+        """Make what torch draws itself in this step, such as dropout, depend on the run's position alone.
+
+        Returns:
+            The generator's state, in an epoch's first step: unless it has changed by the step's end, the network draws
+            nothing, and the other steps of the epoch are spared the seeding.
+        """
+        run = self.run
+        self.generator.manual_seed(torch_seed(run.recipe.seed, "step", run.epoch, run.batch_index))
+        return self.generator.get_state() if self.draws is None else None
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Tensor | float]:

@@ -105,6 +105,8 @@ class Pipeline:
 
     def __call__(self, images: Tensor, stream: Callable[[str], np.random.Generator]) -> Tensor:
         """Transform a batch; parameters are drawn for the whole batch, so chunks do not change them."""
+        if not self.steps:
+            return to_float(images)
         n, channels, height, width = images.shape
         params = self.draw(n, (height, width), stream, images.device)
         sizes = self.sizes((height, width))
@@ -159,8 +161,9 @@ def to_float(images: Tensor) -> Tensor:
     """Return uint8 images as new float32 ones in [0, 1], as torchvision's ``ToTensor`` does, and others as they are."""
     if images.dtype != torch.uint8:
         return images
-    # Not `div_(255)`: on a GPU that multiplies by a rounded 1 / 255, which can differ in the last bit.
-    return images.to(torch.float32).div_(torch.full((1,), 255.0, device=images.device))
+    # On a GPU, dividing by a number multiplies by a rounded 1 / 255, which can differ in the last bit; a tensor divides.
+    divisor = 255.0 if images.device.type == "cpu" else torch.full((1,), 255.0, device=images.device)
+    return images.to(torch.float32).div_(divisor)
 
 
 def gather(images: Tensor, steps: Sequence[tuple[Gather, Params]]) -> Tensor:

@@ -3,6 +3,7 @@
 from attrs import field
 from attrs.validators import ge
 from torch import Tensor
+from torch.optim import Optimizer
 
 from trainkit import Run
 from trainkit.plugin import hookimpl, plugin
@@ -22,6 +23,12 @@ class Accumulate:
     """
 
     batches: int = field(default=2, validator=ge(1))
+
+    @hookimpl
+    def transform_optimizer(self, run: Run, optimizer: Optimizer) -> Optimizer:
+        """Tell the run how many batches make a step, before schedulers are built for its length."""
+        run.batches_per_step = self.batches
+        return optimizer
 
     @hookimpl
     def backward(self, run: Run, loss: Tensor) -> bool:

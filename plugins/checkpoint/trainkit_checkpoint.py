@@ -41,7 +41,7 @@ class Checkpoint:
     @hookimpl
     def safe_point(self, run: Run) -> None:
         """Save what is due."""
-        best = self._is_best(run)
+        best = run.batch_index == 0 and self._is_best(run)
         if not (best or self._is_due(run)):
             return
         assert run.dir is not None
@@ -67,8 +67,6 @@ class Checkpoint:
         return self.every_minutes > 0 and monotonic() - self._saved_at >= 60 * self.every_minutes
 
     def _is_best(self, run: Run) -> bool:
-        if run.batch_index != 0:
-            return False
         if self.best not in run.history[-1]:
             if run.epoch == 1:
                 known = ", ".join(k for k in run.history[-1] if k.startswith("test_")) or "none"

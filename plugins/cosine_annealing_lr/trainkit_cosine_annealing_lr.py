@@ -22,7 +22,7 @@ class CosineAnnealingLR:
 
     Args:
         t_max: epochs (or steps) until `eta_min` is reached; at least 1. By default the whole run: the recipe's epochs,
-            or its training batches. Where one optimizer step takes several batches, give the number of steps.
+            or its optimizer steps.
         eta_min: the lowest learning rate; at least 0.
         unit: change the learning rate after every ``epoch`` or after every ``step``.
     """

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.request import url2pathname
 
+from packaging.requirements import Requirement
+
 from trainkit.cli.output import print_json, table
 from trainkit.registry import COMMANDS, PLUGINS, installed
 
@@ -105,23 +107,23 @@ def _metadata() -> Iterator[Finding]:
             if len(entries) > 1:
                 claims = " and ".join(entry.distribution for entry in entries)
                 yield Finding(f"{kind} {name}", "problem", f"{claims} claim it", "pip uninstall one of them")
-    checkable = any(distributions(name="packaging"))  # trainkit itself does not need it
     for name, versions in found.items():
         if len(versions) > 1:
             yield Finding(name, "problem", f"{' and '.join(versions)} at once", "uninstall it until none is left")
         for dist in versions.values():
-            yield from _source(dist)
-            yield from _requirements(dist) if checkable else ()
+            try:
+                yield from (*_source(dist), *_requirements(dist))
+            except ValueError as error:  # JSON, TOML or a requirement that cannot be parsed
+                yield Finding(dist.name, "problem", f"cannot be understood: {error}", "install it again")
 
 
 def _source(dist: Distribution) -> Iterator[Finding]:
     origin = json.loads(dist.read_text("direct_url.json") or "{}")
-    if not origin.get("dir_info", {}).get("editable"):
-        return
-    folder = Path(url2pathname(origin["url"].removeprefix("file://")))
-    if not folder.is_dir():
+    editable = origin.get("dir_info", {}).get("editable")
+    folder = Path(url2pathname(origin.get("url", "").removeprefix("file://")))
+    if editable and not folder.is_dir():
         yield Finding(dist.name, "problem", f"its folder {folder} is gone", "pip uninstall it, or install it again")
-    elif (folder / "pyproject.toml").is_file():
+    elif editable and (folder / "pyproject.toml").is_file():
         version = tomllib.loads((folder / "pyproject.toml").read_text()).get("project", {}).get("version")
         if version not in (None, dist.version):  # None: the build backend finds it elsewhere
             cure = f"pip install -e {shlex.quote(str(folder))}"
@@ -129,8 +131,6 @@ def _source(dist: Distribution) -> Iterator[Finding]:
 
 
 def _requirements(dist: Distribution) -> Iterator[Finding]:
-    from packaging.requirements import Requirement
-
     for need in map(Requirement, dist.requires or []):
         have = next((found.version for found in distributions(name=need.name)), None)
         wanted = need.marker is None or need.marker.evaluate({"extra": ""})

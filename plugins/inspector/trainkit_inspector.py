@@ -8,138 +8,142 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import attrs
+from packaging.requirements import Requirement
+
 from trainkit import __version__, hookspecs
-from trainkit.cli.output import error, print_json, table
+from trainkit.cli.output import print_json, table
 from trainkit.errors import PluginError, did_you_mean
 from trainkit.registry import Installed, installed
 
-__all__ = ["Check", "Hooks", "Order"]
+__all__ = ["Command", "check", "hooks", "order"]
 
 TIMEOUT = 120  # seconds for one import
 
-# Runs in a process of its own and prints [error, place]; both are empty where all is well.
+# Runs in a process of its own and prints what is wrong, after the line that raised it; nothing where all is well.
 IMPORT = """
 import json, sys, traceback
 from importlib.metadata import EntryPoint
-said = ["", ""]
+wrong = ""
 try:
     loaded = EntryPoint("", sys.argv[1], "").load()
     if not (isinstance(loaded, type) and hasattr(loaded, "__attrs_attrs__")):
-        said[0] = f"{sys.argv[1]} is not a class decorated with @plugin"
+        wrong = f"{sys.argv[1]} is not a class decorated with @plugin"
 except BaseException as error:
     frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in f.filename]
-    said = [f"{type(error).__name__}: {error}", f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""]
-print("\\n" + json.dumps(said))
+    place = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
+    wrong = f"{place}{type(error).__name__}: {error}"
+print("\\n" + json.dumps(wrong))
 """
 
 
-class Check:
-    """``trainkit plugins check``."""
+@attrs.frozen
+class Command:
+    """A command that prints facts as a table or as JSON; a fact whose verdict is not ok makes the exit code 2."""
 
-    HELP = "Import each installed plugin in a process of its own, and say what is wrong with it."
-    EXAMPLES = "examples:\n  trainkit plugins check\n  trainkit plugins check se lookahead --json\n"
+    HELP: str
+    EXAMPLES: str
+    arguments: dict[str, dict[str, Any]]  #: what argparse is told of each; ``--json`` comes with every command
+    facts: Callable[[argparse.Namespace], list[dict[str, Any]]]
 
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the command's arguments."""
-        parser.add_argument("names", nargs="*", metavar="NAME", help="plugins (default: all that are installed)")
+        for name, options in self.arguments.items():
+            parser.add_argument(name, **options)
         parser.add_argument("--json", action="store_true", help="print JSON")
 
-    @staticmethod
-    def run(args: argparse.Namespace) -> int:
-        """Print a verdict on each plugin; the exit code is 2 where one is not ok."""
-        have = installed()
-        for name in args.names:
-            if name not in have:
-                near = did_you_mean(name, have) or "; `trainkit plugins list` shows what is installed"
-                raise PluginError(f"no plugin {name!r} is installed{near}")
-        names = list(dict.fromkeys(args.names)) or list(have)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            facts = list(pool.map(lambda name: _verdict(have[name]), names))
-        columns = ["name", "distribution", "version", "verdict", "reason", "location"]
-        _print(facts, columns, as_json=args.json)
-        return 0 if all(fact["verdict"] == "ok" for fact in facts) else PluginError.exit_code
+    def run(self, args: argparse.Namespace) -> int:
+        """Gather the facts and print them."""
+        facts = self.facts(args)
+        if args.json:
+            print_json(facts)
+        elif facts:
+            from rich.console import Console
+
+            rows = [[", ".join(v) if isinstance(v, list) else v for v in fact.values()] for fact in facts]
+            Console().print(table(list(facts[0]), rows))
+        return 0 if all(fact.get("verdict", "ok") == "ok" for fact in facts) else PluginError.exit_code
 
 
-class Order:
-    """``trainkit plugins order``."""
-
-    HELP = "Show which plugins of a recipe run in each hook, in order."
-    EXAMPLES = "examples:\n  trainkit plugins order recipes/dense_shared.yaml plugins.se=false\n"
-
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Declare the command's arguments."""
-        parser.add_argument("recipe", metavar="RECIPE", help="a recipe file")
-        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace one value of the recipe")
-        parser.add_argument("--json", action="store_true", help="print JSON")
-
-    @staticmethod
-    def run(args: argparse.Namespace) -> int:
-        """Activate the plugins, which checks them against each other, and print who is called."""
-        from trainkit.activation import activate
-        from trainkit.cli.run import hook_order
-        from trainkit.recipe import load_recipe
-
-        order = hook_order(activate(load_recipe(args.recipe, args.overrides)))
-        facts = [{"hook": hook, "kind": kind, "plugins": plugins} for hook, kind, plugins in order]
-        _print(facts, ["hook", "kind", "plugins"], as_json=args.json)
-        return 0
+def _check(args: argparse.Namespace) -> list[dict[str, Any]]:
+    have = installed()
+    for name in args.names:
+        if name not in have:
+            raise PluginError(f"no plugin {name!r} is installed{did_you_mean(name, have)}")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(_verdict, (have[name] for name in dict.fromkeys(args.names or have))))
 
 
-class Hooks:
-    """``trainkit hooks``."""
-
-    HELP = "Print the contract of the hooks: what kind each is, what it is given and when it fires."
-    EXAMPLES = "examples:\n  trainkit hooks\n  trainkit hooks --implementers --json\n"
-
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Declare the command's arguments."""
-        parser.add_argument("--implementers", action="store_true", help="import the installed plugins and name them")
-        parser.add_argument("--json", action="store_true", help="print JSON")
-
-    @staticmethod
-    def run(args: argparse.Namespace) -> int:
-        """Print the hooks in the order of a run's life."""
-        columns = ["hook", "phase", "kind", "arguments", "when", *(["implementers"] if args.implementers else [])]
-        classes = _classes() if args.implementers else {}
-        facts = []
-        for phase in hookspecs.PHASES:
-            for name, spec in vars(phase).items():
-                if name.startswith("_"):
-                    continue
-                _, *arguments = inspect.signature(spec).parameters
-                when = (inspect.getdoc(spec) or "").partition("\n")[0]
-                users = [p for p, cls in classes.items() if hasattr(getattr(cls, name, None), "trainkit_impl")]
-                values = (name, phase.__name__.lower(), spec.trainkit_kind, arguments, when, users)
-                facts.append(dict(zip(columns, values, strict=False)))
-        _print(facts, columns, as_json=args.json)
-        return 0
-
-
-def _verdict(records: Sequence[Installed]) -> dict[str, str]:
+def _verdict(records: list[Installed]) -> dict[str, Any]:
     record = records[0]
-    facts = {"name": record.name, "distribution": record.distribution, "version": record.version}
+    dist = record.entry_point.dist
+    needed = [r for r in map(Requirement, (dist and dist.requires) or ()) if r.name == "trainkit"]
+    unmet = [str(r) for r in needed if not r.specifier.contains(__version__, prereleases=True)]
     if len(records) > 1:
         claims = " and ".join(f"{r.distribution} {r.version}" for r in records)
-        return {**facts, "verdict": "duplicate", "reason": f"claimed by {claims}; uninstall one", "location": ""}
-    if unmet := _unmet(record):
-        return {**facts, "verdict": "incompatible", "reason": unmet, "location": ""}
-    reason, location = _import(record.value)
-    return {**facts, "verdict": "broken" if reason else "ok", "reason": reason, "location": location}
+        verdict, reason = "duplicate", f"claimed by {claims}; uninstall one of them"
+    elif unmet:
+        verdict, reason = "incompatible", f"needs {unmet[0]}, and {__version__} is installed"
+    else:
+        reason = _import(record.value)
+        verdict = "broken" if reason else "ok"
+    facts = {"plugin": record.name, "distribution": record.distribution, "version": record.version}
+    return {**facts, "verdict": verdict, "reason": reason}
 
 
-def _unmet(record: Installed) -> str:
-    """Return the requirement on trainkit that the installed one does not meet, in words."""
-    from packaging.requirements import Requirement
+def _import(value: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # what this process would find
+    command = [sys.executable, "-c", IMPORT, value]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        return str(json.loads(done.stdout.splitlines()[-1]))
+    except subprocess.TimeoutExpired:
+        return f"{value} was not imported within {TIMEOUT} seconds"
+    except (IndexError, ValueError):
+        return f"importing {value} ended the process with exit code {done.returncode}"
 
-    dist = record.entry_point.dist
-    for requirement in map(Requirement, (dist.requires if dist else None) or ()):
-        if requirement.name == "trainkit" and not requirement.specifier.contains(__version__, prereleases=True):
-            return f"needs {requirement}; {__version__} is installed"
-    return ""
+
+def _order(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from trainkit.activation import activate
+    from trainkit.cli.run import hook_order
+    from trainkit.recipe import load_recipe
+
+    found = hook_order(activate(load_recipe(args.recipe, args.overrides)))
+    return [{"hook": hook, "kind": kind, "plugins": plugins} for hook, kind, plugins in found]
+
+
+def _hooks(args: argparse.Namespace) -> list[dict[str, Any]]:
+    classes = {name: records[0].load() for name, records in installed().items()} if args.implementers else {}
+    facts = []
+    for phase, hook, spec in ((p.__name__, *item) for p in hookspecs.PHASES for item in vars(p).items()):
+        if not hook.startswith("_"):
+            _, *arguments = inspect.signature(spec).parameters
+            when = (inspect.getdoc(spec) or "").partition("\n")[0]
+            fact = {"hook": hook, "phase": phase, "kind": spec.trainkit_kind, "arguments": arguments, "when": when}
+            users = [name for name, cls in classes.items() if hasattr(getattr(cls, hook, None), "trainkit_impl")]
+            facts.append({**fact, "implementers": users} if args.implementers else fact)
+    return facts
+
+
+check = Command(
+    "Import each installed plugin in a process of its own, and say what is wrong with it.",
+    "examples:\n  trainkit plugins check\n  trainkit plugins check se lookahead --json\n",
+    {"names": {"nargs": "*", "metavar": "NAME", "help": "which (default: all that are installed)"}},
+    _check,
+)
+order = Command(
+    "Show which plugins of a recipe run in each hook, in order.",
+    "examples:\n  trainkit plugins order recipes/dense_shared.yaml plugins.se=false\n",
+    {"recipe": {"metavar": "RECIPE"}, "overrides": {"nargs": "*", "metavar": "KEY=VALUE"}},
+    _order,
+)
+hooks = Command(
+    "Print the contract of the hooks: what kind each is, what it is given and when it fires.",
+    "examples:\n  trainkit hooks\n  trainkit hooks --implementers --json\n",
+    {"--implementers": {"action": "store_true", "help": "import the installed plugins and name them"}},
+    _hooks,
+)

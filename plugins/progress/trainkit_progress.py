@@ -137,7 +137,7 @@ class Progress:
 
 def _fraction(run: Run) -> float:
     """How much of the run is done, 0 to 1, by epochs or by steps, whichever ends it first."""
-    epochs = (run.epoch + run.batch_index / run.steps_per_epoch) / run.epochs
+    epochs = (run.epoch + run.batch_index / run.batches_per_epoch) / run.epochs
     return max(epochs, run.step / run.recipe.max_steps) if run.recipe.max_steps else epochs
 
 

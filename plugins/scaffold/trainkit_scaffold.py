@@ -1,4 +1,4 @@
-"""Write a new plugin: four files that install, train and pass their own tests."""
+"""Write a new plugin that installs, trains and passes its own tests."""
 
 import argparse
 import importlib.metadata
@@ -48,7 +48,7 @@ from trainkit.testing import made_data
 class New:
     """``trainkit plugins new``."""
 
-    HELP = "Write a new plugin: four files that install, train and pass their own tests."
+    HELP = "Write a new plugin that installs, trains and passes its own tests."
     EXAMPLES = """\
 examples:
   trainkit plugins new cutout --hook transform_batch

@@ -160,3 +160,8 @@ def test_who_else_computes_gradients_is_named():
 def test_batches_must_be_at_least_one(batches):
     with pytest.raises(ValueError, match="'batches'"):
         Accumulate(batches=batches)
+
+
+def test_schedules_are_built_for_the_steps_that_will_be_taken():
+    run = build_run({"accumulate": Accumulate(batches=3)}, epochs=2)  # 32 images in batches of 8
+    assert (run.batches_per_epoch, run.steps_per_epoch) == (4, 2)

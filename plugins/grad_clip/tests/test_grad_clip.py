@@ -40,12 +40,8 @@ def test_norm_scales_all_gradients_together(gradients, limit):
 def test_parameters_move_at_most_by_learning_rate_times_limit():
     free, clipped = run_steps({}, steps=1), run_steps({"grad_clip": GradClip(limit=1e-3)}, steps=1)
     start = run_steps({"grad_clip": GradClip(limit=1e-30)}, steps=1)
-    move = max(
-        float((a - b).abs().max()) for a, b in zip(parameters_of(clipped), parameters_of(start), strict=True)
-    )
-    unclipped = max(
-        float((a - b).abs().max()) for a, b in zip(parameters_of(free), parameters_of(start), strict=True)
-    )
+    move = max(float((a - b).abs().max()) for a, b in zip(parameters_of(clipped), parameters_of(start), strict=True))
+    unclipped = max(float((a - b).abs().max()) for a, b in zip(parameters_of(free), parameters_of(start), strict=True))
     assert move == pytest.approx(0.1 * 1e-3, rel=1e-3)
     assert unclipped > move
 

@@ -13,7 +13,7 @@ epochs: 2
 batch_size: 4
 device: cpu
 plugins:
-  image_folder: {root: images}
+  image_folder: {root: images, size: 8}
   resnet: {stem: 4, blocks: [1], channels: [4]}
   cross_entropy:
   sgd: {lr: 0.1}

@@ -1,6 +1,7 @@
 from typing import ClassVar
 
 from attrs import field
+
 from trainkit import Run
 from trainkit.hookspecs import hookspec
 from trainkit.plugin import hookimpl, plugin

@@ -1,6 +1,7 @@
 import torch
 from attrs import field
 from attrs.validators import gt
+
 from trainkit import Run
 from trainkit.plugin import hookimpl, plugin
 

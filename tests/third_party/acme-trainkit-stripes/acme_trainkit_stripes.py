@@ -1,6 +1,7 @@
 import torch
 from attrs import field
 from attrs.validators import ge
+
 from trainkit import Data, TensorSplit
 from trainkit.plugin import hookimpl, plugin
 

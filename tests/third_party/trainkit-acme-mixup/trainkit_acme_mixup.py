@@ -2,6 +2,7 @@ import torch
 from attrs import field
 from attrs.validators import gt
 from torch.nn.functional import one_hot
+
 from trainkit import Batch, Run
 from trainkit.plugin import hookimpl, plugin
 

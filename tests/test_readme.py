@@ -1,0 +1,180 @@
+"""What the READMEs show works, from their own text; ``python tests/test_readme.py`` writes plugins/README.md."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from trainkit import cli, load_recipe
+from trainkit.hookspecs import PHASES
+from trainkit.recipe import make_options
+from trainkit.registry import find
+from trainkit.testing import build_run, run_steps
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+LISTING = ROOT / "plugins" / "README.md"
+PROJECTS = sorted(ROOT.glob("plugins/*/pyproject.toml"))
+
+# A plugin is of the first kind here of which it implements a hook; all other hooks only watch.
+KINDS = [
+    ("Data", {"data"}),
+    ("Network", {"model", "transform_model"}),
+    ("Transforms", {"transforms", "transform_batch"}),
+    ("Training", {"loss", "optimizer", "transform_optimizer", "scheduler", "contexts"}),
+    ("Training", {"backward", "gradients_ready", "optimizer_step", "eval_model"}),
+    ("Network", {"wrap_model"}),
+]
+SECTIONS = ("Data", "Transforms", "Network", "Training", "Seeing and keeping", "Commands")
+HEAD = """\
+# First-party plugins
+
+Each is a package of its own, installed and removed alone. `trainkit plugins show NAME` prints a plugin's options and
+hooks; the README in its folder says what they mean. This page is written by `python tests/test_readme.py`.
+"""
+
+
+def listing():
+    """Return the text of plugins/README.md, from what each package declares and what its class implements."""
+    rows = {section: [] for section in SECTIONS}
+    for path in PROJECTS:
+        project = tomllib.loads(path.read_text())["project"]
+        entries = project["entry-points"]
+        if "trainkit.plugins" in entries:
+            section, shown = kind(*entries["trainkit.plugins"].values()), path.parent.name
+        else:
+            section, shown = "Commands", ", ".join(name.replace(".", " ") for name in entries["trainkit.commands"])
+        rows[section].append(f"- [{shown}]({path.parent.name}/README.md): {project['description']}\n")
+    return "\n".join([HEAD, *(f"## {section}\n\n{''.join(lines)}" for section, lines in rows.items())])
+
+
+def kind(entry_point):
+    """Return the kind of the plugin whose class an entry point names."""
+    module, _, name = entry_point.partition(":")
+    cls = getattr(importlib.import_module(module), name)
+    implemented = {
+        hook for phase in PHASES for hook in vars(phase) if hasattr(getattr(cls, hook, None), "trainkit_impl")
+    }
+    return next((kind for kind, hooks in KINDS if hooks & implemented), "Seeing and keeping")
+
+
+def test_the_list_of_plugins_is_up_to_date():
+    assert LISTING.read_text() == listing(), "run `python tests/test_readme.py`"
+
+
+def section(title):
+    """Return a section of the README."""
+    assert f"\n## {title}\n" in README
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def block(language, text):
+    """Return the only code block of a language."""
+    (found,) = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    return found
+
+
+def test_links_lead_somewhere():
+    targets = re.findall(r"\]\((?!\w+:)([^)#]+)", README)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def commands(text):
+    """Return the words of each `trainkit` command in a text's blocks of shell commands, without `trainkit`."""
+    lines = "".join(re.findall(r"```(?:sh)?\n(.*?)```", text, re.DOTALL)).splitlines()
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [shlex.split(part, comments=True)[1:] for part in parts if part.startswith("trainkit ")]
+
+
+READMES = {"README": README, **{path.parent.name: (path.parent / "README.md").read_text() for path in PROJECTS}}
+SHOWN = [(name, words) for name, text in READMES.items() for words in commands(text)]
+
+
+@pytest.mark.parametrize(("readme", "words"), SHOWN, ids=[f"{name}: {' '.join(words)}" for name, words in SHOWN])
+def test_commands_are_understood(readme, words, monkeypatch):
+    """They are parsed by the real command and not run; the recipe that they name is read, with their overrides."""
+    real, understood = cli._command, []
+
+    def only_parsing(name):
+        command = real(name)
+        run = lambda args: understood.append(args) or 0  # noqa: E731
+        return SimpleNamespace(HELP=command.HELP, add_arguments=command.add_arguments, run=run)
+
+    monkeypatch.setattr(cli, "_command", only_parsing)
+    monkeypatch.chdir(ROOT)
+    assert cli.main(words) == 0
+    (args,) = understood
+    if hasattr(args, "recipe"):
+        recipe = load_recipe(args.recipe, args.overrides)
+        for name, found in find(recipe).items():
+            make_options(recipe, name, found.load())
+
+
+def test_the_readme_shows_commands():
+    assert {"run", "resume", "evaluate", "recipes"} <= {words[0] for name, words in SHOWN if name == "README"}
+
+
+def test_from_python(tmp_path, monkeypatch, capsys):
+    """The block runs as it is, but for the number of steps."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    code = block("python", section("From Python"))
+    shorter = code.replace('["epochs=2"]', '["epochs=1", "max_steps=2", "plugins.figures=false"]')
+    assert shorter != code
+    exec(shorter, {})
+    final, evaluated = capsys.readouterr().out.splitlines()[-1].split(maxsplit=1)
+    assert f"'test_accuracy': {final}" in evaluated
+
+
+@pytest.fixture(scope="module")
+def ten_lines(tmp_path_factory):
+    """The README's plugin: where it is installed, as its text says, and what a recipe may say."""
+    text = section("Write a plugin in ten lines")
+    home, target = tmp_path_factory.mktemp("trainkit_sign_sgd"), tmp_path_factory.mktemp("site")
+    (home / re.search(r"`(trainkit_\w+\.py)`", text).group(1)).write_text(block("python", text))
+    (home / "pyproject.toml").write_text(block("toml", text))
+    offline = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *offline, "--target", str(target), str(home)]
+    subprocess.run(command, check=True, env={**os.environ, "PIP_ROOT_USER_ACTION": "ignore"})
+    return target, re.search(r"`(sign_sgd: {.*})`", text).group(1)
+
+
+def test_the_plugin_in_ten_lines_is_listed(ten_lines, trainkit):
+    target, _ = ten_lines
+    listed = json.loads(trainkit("plugins", "list", "--json", env={**os.environ, "PYTHONPATH": str(target)}).stdout)
+    (found,) = [p for p in listed if p["name"] == "sign_sgd"]
+    assert (found["distribution"], found["version"]) == ("trainkit-sign-sgd", "0.1.0")
+    assert found["summary"] == "Replace gradients by their signs (Bernstein et al., ICML 2018)."
+
+
+def test_a_recipe_that_lists_the_plugin_in_ten_lines_trains(ten_lines, small, trainkit):
+    target, line = ten_lines
+    small.write_text(small.read_text() + f"  {line}\n")
+    done = trainkit("run", small, "max_steps=2", "--run-dir", "out", env={**os.environ, "PYTHONPATH": str(target)})
+    assert done.returncode == 0, done.stderr
+    locked = json.loads((small.parent / "out" / "plugins.lock.json").read_text())[-1]
+    assert (locked["name"], locked["distribution"], locked["version"]) == ("sign_sgd", "trainkit-sign-sgd", "0.1.0")
+    assert locked["options"] == {"scale": 0.5}
+
+
+def test_the_plugin_in_ten_lines_does_what_it_says(ten_lines, monkeypatch):
+    monkeypatch.syspath_prepend(ten_lines[0])
+    made = importlib.import_module("trainkit_sign_sgd").SignSGD(scale=0.5)
+    trained, fresh = run_steps({"sign_sgd": made}, steps=1).model, build_run({}).model
+    for after, before in zip(trained.parameters(), fresh.parameters(), strict=True):
+        step = (after - before).detach().abs()  # learning rate 0.1, or nothing where the gradient is 0
+        torch.testing.assert_close(step, torch.where(step > 0.01, 0.05, 0.0))
+
+
+if __name__ == "__main__":
+    LISTING.write_text(listing())
