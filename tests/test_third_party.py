@@ -108,12 +108,10 @@ def test_a_command_of_their_own(env, trained):
 
 def test_a_recipe_names_where_its_packages_come_from(tmp_path):
     (tmp_path / "stripes.yaml").write_text(RECIPE)
-    done = environment(ROOT, *BESIDE).trainkit(
-        "run", "stripes.yaml", "plugins.alert=false", "plugins.alert_file=false", cwd=tmp_path
-    )
+    done = environment(ROOT).trainkit("run", "stripes.yaml", cwd=tmp_path)
     assert done.returncode == 2
-    assert "plugins 'stripes', 'acme_mixup', 'sam' are not installed; install with: " in done.stderr
-    assert done.stderr.endswith("pip install acme-trainkit-stripes trainkit-acme-mixup 'acme-trainkit-sam>=1.2'\n")
+    line = "pip install acme-trainkit-stripes trainkit-acme-mixup 'acme-trainkit-sam>=1.2'"
+    assert f"; install with: {line}; " in done.stderr
 
 
 @pytest.fixture

@@ -290,10 +290,10 @@ def _fit(run: Run, run_dir: RunDir, test_batches: int | None) -> Result:
     run_dir.write("recipe.yaml", run.recipe.to_yaml())
     run_dir.write_json("plugins.lock.json", run.provenance["plugins"])
     run_dir.write_json("environment.json", run.provenance["environment"])
+    (run_dir.path / "result.json").unlink(missing_ok=True)  # a resumed run has not ended yet
     run.hooks.failure = RunError
     trainer = Trainer(run, test_batches)
     error: BaseException | None = None
-    start = perf_counter()
     with _signals(run):
         try:
             if fit_start := run.hooks.notify("fit_start"):
@@ -307,7 +307,7 @@ def _fit(run: Run, run_dir: RunDir, test_batches: int | None) -> Result:
         try:
             error = _fit_end(run, error)
         finally:
-            result = _result(run, trainer, error, perf_counter() - start)
+            result = _result(run, error)
             run_dir.write_json("result.json", result.to_dict())
             for batches in run.batches.values():
                 batches.close()
@@ -346,8 +346,8 @@ def _fit_end(run: Run, error: BaseException | None) -> BaseException | None:
     return error
 
 
-def _result(run: Run, trainer: Trainer, error: BaseException | None, total: float) -> Result:
-    seconds = {**run.seconds, "total": total}
+def _result(run: Run, error: BaseException | None) -> Result:
+    seconds = {**run.seconds, "total": sum(run.seconds.values())}  # of all sessions of a resumed run
     busy = sum(run.seconds.get(part, 0.0) for part in ("data", "transforms", "forward", "backward", "optimizer"))
     message = f"{type(error).__name__}: {error}" if error is not None else run.stop_reason
     return Result(

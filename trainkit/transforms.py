@@ -161,7 +161,7 @@ def to_float(images: Tensor) -> Tensor:
     """Return uint8 images as new float32 ones in [0, 1], as torchvision's ``ToTensor`` does, and others as they are."""
     if images.dtype != torch.uint8:
         return images
-    # On a GPU, dividing by a number multiplies by a rounded 1 / 255, which can differ in the last bit; a tensor divides.
+    # A GPU divides by a number by multiplying with a rounded 1 / 255, which can miss the last bit; not by a tensor.
     divisor = 255.0 if images.device.type == "cpu" else torch.full((1,), 255.0, device=images.device)
     return images.to(torch.float32).div_(divisor)
 

@@ -20,7 +20,7 @@ from urllib.request import url2pathname
 
 from packaging.requirements import Requirement
 
-from trainkit.cli.output import print_json, table
+from trainkit.cli.output import print_json, table, terminal
 from trainkit.registry import COMMANDS, PLUGINS, installed
 
 __all__ = ["EXAMPLES", "HELP", "Finding", "add_arguments", "run"]
@@ -53,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json([finding._asdict() for finding in findings])
     else:
-        from rich.console import Console
-
-        Console().print(table(["", "verdict", "finding", "what to do"], findings))
+        terminal().print(table(["", "verdict", "finding", "what to do"], findings))
     return 1 if any(finding.verdict == "problem" for finding in findings) else 0
 
 

@@ -16,7 +16,7 @@ import attrs
 from packaging.requirements import Requirement
 
 from trainkit import __version__, hookspecs
-from trainkit.cli.output import print_json, table
+from trainkit.cli.output import print_json, table, terminal
 from trainkit.errors import PluginError, did_you_mean
 from trainkit.registry import Installed, installed
 
@@ -62,10 +62,8 @@ class Command:
         if args.json:
             print_json(facts)
         elif facts:
-            from rich.console import Console
-
             rows = [[", ".join(v) if isinstance(v, list) else v for v in fact.values()] for fact in facts]
-            Console().print(table(list(facts[0]), rows))
+            terminal().print(table(list(facts[0]), rows))
         return 0 if all(fact.get("verdict", "ok") == "ok" for fact in facts) else PluginError.exit_code
 
 

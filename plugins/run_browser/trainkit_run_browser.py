@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainkit.cli.output import error, number, print_json, table
+from trainkit.cli.output import error, number, print_json, table, terminal
 from trainkit.errors import TrainkitError, UsageError
 from trainkit.rundir import RunDir
 
@@ -31,14 +31,13 @@ class _Command(NamedTuple):
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(self, args: argparse.Namespace) -> int:
-        from rich.console import Console
 
         broken: list[str] = []  # a line for each file that cannot be read
         document, tables = self.look(args.folders, broken)
         if args.json:
             print_json(document)
         else:
-            Console().print(*tables)
+            terminal().print(*tables)
         for line in dict.fromkeys(broken):
             error(line)
         return 1 if broken else 0

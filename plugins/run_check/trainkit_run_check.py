@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from trainkit.cli.output import print_json, printable, table
+from trainkit.cli.output import print_json, printable, table, terminal
 from trainkit.errors import TrainkitError, UsageError
 from trainkit.registry import installed
 from trainkit.rundir import RunDir
@@ -46,10 +46,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"findings": [f._asdict() for f in findings], "whole": whole, "exact": exact, "answer": answer})
     else:
-        from rich.console import Console
-
-        Console().print(table(Finding._fields, findings))
-        Console().print(printable(answer), markup=False, highlight=False, soft_wrap=True)
+        terminal().print(table(Finding._fields, findings))
+        terminal().print(printable(answer), markup=False, highlight=False, soft_wrap=True)
     return 0 if whole and exact else 1
 
 

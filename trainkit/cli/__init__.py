@@ -87,6 +87,8 @@ def _command(name: str) -> Any:
     if name in BUILT_IN:
         return import_module(f"trainkit.cli.{name}")
     extra = installed(COMMANDS)
+    if actions := [a.removeprefix(f"{name}.") for a in extra if a.startswith(f"{name}.")]:
+        raise UsageError(f"`trainkit {name}` needs an action: {', '.join(actions)}")
     if name not in extra:
         near = did_you_mean(name, [*BUILT_IN, *extra]) or "; `trainkit --help` lists what there is"
         raise UsageError(f"no command {name!r}{near}")
@@ -97,8 +99,7 @@ def _command(name: str) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    extra = {name.replace(".", " "): _first_sentence(found[0].summary) for name, found in installed(COMMANDS).items()}
-    commands = {**BUILT_IN, **extra}
+    commands = {**BUILT_IN, **_extra_commands()}
     width = max(map(len, commands))
     listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in commands.items())
     parser = argparse.ArgumentParser(
@@ -113,8 +114,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _first_sentence(text: str) -> str:
-    return text[:1].lower() + text[1:].partition(":")[0].rstrip(".")
+def _extra_commands() -> dict[str, str]:
+    """Return the commands of plugins with their distribution's summary; ``runs list|show`` for several of one."""
+    actions: dict[tuple[str, str], list[str]] = {}
+    for name, found in installed(COMMANDS).items():
+        first, _, action = name.partition(".")
+        actions.setdefault((first, found[0].summary), []).append(action)
+    return {
+        f"{first} {'|'.join(names)}".strip(): summary[:1].lower() + summary[1:].partition(":")[0].rstrip(".")
+        for (first, summary), names in actions.items()
+    }
 
 
 def _report(caught: BaseException, message: str, code: int, show_traceback: bool) -> int:

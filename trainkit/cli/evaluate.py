@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trainkit.cli.output import number, print_json, table
+from trainkit.cli.output import number, print_json, table, terminal
 
 HELP = "Evaluate a run's checkpoint on the test split."
 EXAMPLES = """\
@@ -25,8 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build the run's recipe again, load its weights, evaluate."""
-    from rich.console import Console
-
     from trainkit.recipe import load_recipe
     from trainkit.run import build
     from trainkit.rundir import RunDir
@@ -35,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     run_dir = RunDir(args.run_dir)
     recipe = load_recipe(run_dir.recipe_path(), args.overrides)
     state = run_dir.load_state(args.checkpoint)
-    console = Console(stderr=args.json)
+    console = terminal(stderr=args.json)
     built = build(recipe, console=console)
     built.load_state_dict(state)
     metrics = evaluate(built)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["error", "number", "print_json", "printable", "table"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["error", "number", "print_json", "printable", "table", "terminal"]
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -27,6 +31,14 @@ def error(message: str) -> None:
 def print_json(value: Any) -> None:
     """Print one JSON document to the standard output."""
     print(json.dumps(value, indent=2, default=str))
+
+
+def terminal(*, stderr: bool = False) -> Console:
+    """Return where commands print for people; a pipe or a file gets lines of 120 characters."""
+    from rich.console import Console
+
+    made = Console(stderr=stderr)
+    return made if made.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, width=120)
 
 
 def number(value: float | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from trainkit.cli.output import print_json, printable, table
+from trainkit.cli.output import print_json, printable, table, terminal
 from trainkit.errors import PluginError, did_you_mean
 from trainkit.registry import Installed, installed
 
@@ -39,9 +39,7 @@ def _list(as_json: bool) -> int:
     if as_json:
         print_json([_facts(record) for record in found])
         return 0
-    from rich.console import Console
-
-    Console().print(table(["plugin", "version", "summary"], [(r.name, r.version, r.summary) for r in found]))
+    terminal().print(table(["plugin", "version", "summary"], [(r.name, r.version, r.summary) for r in found]))
     return 0
 
 
@@ -65,17 +63,15 @@ def _show(name: str, as_json: bool) -> int:
     if as_json:
         print_json(facts)
         return 0
-    from rich.console import Console
-
-    console = Console()
+    out = terminal()
     for line in (f"{record.name} {record.version}, from {record.distribution} ({record.source})", facts["doc"], ""):
-        console.print(printable(line), markup=False, highlight=False)
+        out.print(printable(line), markup=False, highlight=False)
     if facts["options"]:
         rows = [(o["name"], o["type"], o["default"]) for o in facts["options"]]
-        console.print(table(["option", "type", "default"], rows))
+        out.print(table(["option", "type", "default"], rows))
     for key in ("hooks", "after", "before", "conflicts", "claims"):
         if facts[key]:
-            console.print(f"{key}: {printable(', '.join(facts[key]))}", markup=False, highlight=False)
+            out.print(f"{key}: {printable(', '.join(facts[key]))}", markup=False, highlight=False)
     return 0
 
 

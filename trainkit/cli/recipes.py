@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trainkit.cli.output import number, print_json, table
+from trainkit.cli.output import number, print_json, table, terminal
 from trainkit.errors import RecipeError, UsageError
 
 HELP = "List and show recipes."
@@ -48,8 +48,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json([{"path": str(r.path), **r.to_dict()} for r in recipes])
     else:
-        from rich.console import Console
-
         rows = [
             (
                 r.path.name if r.path else r.name,
@@ -59,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             )
             for r in recipes
         ]
-        Console().print(table(["recipe", "epochs", "expects", "description"], rows, right=["epochs"]))
+        terminal().print(table(["recipe", "epochs", "expects", "description"], rows, right=["epochs"]))
     if broken:
         raise RecipeError("; ".join(broken))
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainkit.cli.output import printable
+from trainkit.cli.output import printable, terminal
 from trainkit.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
@@ -33,15 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build the recipe again, check that nothing changed that matters, load, train."""
-    from rich.console import Console
-
     from trainkit.cli.run import train
     from trainkit.recipe import load_recipe
     from trainkit.run import build
     from trainkit.rundir import RunDir
     from trainkit.trainer import provenance
 
-    console = Console(stderr=args.json)
+    console = terminal(stderr=args.json)
     run_dir = RunDir(args.run_dir)
     recipe = load_recipe(run_dir.recipe_path(), args.overrides)
     state, notice = load_latest(run_dir)

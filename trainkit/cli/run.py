@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from trainkit.cli.output import number, print_json, printable, table
+from trainkit.cli.output import number, print_json, printable, table, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,13 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, and print what was expected beside what was reached."""
-    from rich.console import Console
-
     from trainkit.recipe import load_recipe
 
     overrides = [*args.overrides, *([f"seed={args.seed}"] if args.seed is not None else [])]
     recipe = load_recipe(args.recipe, overrides)
-    console = Console(stderr=args.json)
+    console = terminal(stderr=args.json)
     profile: dict[tuple[str, str], float] = {}
     instrument = _instrument(args, profile, console)
     if args.dry_run:
