@@ -15,7 +15,7 @@ import pluggy
 from attrs import field
 
 from trainkit import hookspecs
-from trainkit.errors import PluginError, TrainkitError, did_you_mean
+from trainkit.errors import CheckpointError, PluginError, RunError, TrainkitError, did_you_mean
 from trainkit.recipe import Recipe, make_options
 from trainkit.registry import Installed, find
 
@@ -45,6 +45,26 @@ class Active:
         """The version of its distribution."""
         return self.installed.version if self.installed else ""
 
+    def failed(self, where: str, error: BaseException, kind: type[TrainkitError]) -> TrainkitError:
+        """Return the error that names the plugin and its distribution for whatever it raised."""
+        if isinstance(error, TrainkitError):  # the plugin said what is wrong itself
+            return type(error)(f"{self}, {where}: {error}")
+        return kind(f"{self} failed in {where}: {type(error).__name__}: {error}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the plugin's own state."""
+        try:
+            return dict(self.instance.state_dict())
+        except Exception as error:
+            raise self.failed("state_dict", error, RunError) from error
+
+    def load_state_dict(self, state: Any) -> None:
+        """Give the plugin its state back."""
+        try:
+            self.instance.load_state_dict(state)
+        except Exception as error:
+            raise self.failed("load_state_dict", error, CheckpointError) from error
+
 
 @attrs.frozen(eq=False)
 class Implementation:
@@ -56,14 +76,15 @@ class Implementation:
     hooks: Hooks
 
     def __call__(self, *args: Any) -> Any:
-        """Call the plugin; whatever it raises comes out as an error that names plugin, distribution, version, hook."""
+        """Call the plugin; what it raises comes out as an error that names plugin, distribution, version and hook."""
         try:
             return self.call(*args)
-        except TrainkitError as error:  # the plugin said what is wrong itself
-            raise type(error)(f"{self.active}, {self.hook}: {error}") from error
-        except Exception as error:
-            message = f"{self.active} failed in {self.hook}: {type(error).__name__}: {error}"
-            raise self.hooks.failure(message) from error
+        except (Exception, SystemExit) as error:
+            raise self.active.failed(self.hook, error, self.hooks.failure) from error
+
+    def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that a hook gave, so that what it raises later names the plugin, too."""
+        return attrs.evolve(self, call=function)
 
     def checked(self, expected: type | tuple[type, ...], *args: Any) -> Any:
         """Call the plugin and hold what it returns against the type that the hook asks for."""
@@ -120,6 +141,10 @@ class Hooks:
                 call = self.instrument(call, active.name, hook)
             found.append(Implementation(active, hook, call, self))
         return sorted(found, key=lambda i: self._order[id(i.active.instance)])
+
+    def named(self, hook: str) -> str:
+        """Return who implements a hook, for a message."""
+        return f"{' and '.join(str(i.active) for i in self.implementations(hook))}, {hook}"
 
     def notify(self, hook: str, *, reverse: bool = False) -> Callable[..., None] | None:
         """Return one function that calls every implementation, or None where there is none to call."""
@@ -211,7 +236,12 @@ def activate(recipe: Recipe, instrument: Instrument | None = None) -> Hooks:
                 f"plugin {name!r} ({found.distribution} {found.version}): {found.value} is not a class "
                 "decorated with @plugin"
             )
-        actives.append(Active(name, make_options(recipe, name, cls), found))
+        try:
+            actives.append(Active(name, make_options(recipe, name, cls), found))
+        except TrainkitError:
+            raise
+        except Exception as error:
+            raise Active(name, None, found).failed("its construction", error, PluginError) from error
     return register(actives, recipe.where, instrument)
 
 

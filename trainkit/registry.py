@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from trainkit import __version__
 from trainkit.errors import PluginError, did_you_mean
 
 if TYPE_CHECKING:
@@ -47,6 +48,23 @@ class Installed:
                 f"plugin {self.name!r} ({self.distribution} {self.version}) failed at import of {self.value}: "
                 f"{type(error).__name__}: {error}; reinstall {self.distribution}, or drop it: `{self.name}: false`"
             ) from error
+
+    def check_requirement(self) -> None:
+        """Hold this trainkit against what the distribution requires.
+
+        Raises:
+            PluginError: it needs another version.
+        """
+        from packaging.requirements import Requirement
+
+        dist = self.entry_point.dist
+        for text in (dist.requires or []) if dist is not None else []:
+            needed = Requirement(text)
+            if needed.name == "trainkit" and not needed.specifier.contains(__version__, prereleases=True):
+                raise PluginError(
+                    f"plugin {self.name!r} ({self.distribution} {self.version}) needs trainkit{needed.specifier}, "
+                    f"and this is trainkit {__version__}; install a version of {self.distribution} that fits"
+                )
 
     @property
     def source(self) -> str:
@@ -89,6 +107,7 @@ def find(recipe: Recipe) -> dict[str, Installed]:
         if len(have[name]) > 1:
             claims = " and ".join(f"{i.distribution} {i.version}" for i in have[name])
             raise PluginError(f"plugin {name!r} is claimed by {claims}; uninstall one of them")
+        have[name][0].check_requirement()
     return {name: have[name][0] for name in recipe.plugins}
 
 
@@ -97,10 +116,14 @@ def source_of(recipe: Recipe, name: str) -> str | None:
     start = (recipe.path or Path()).resolve()
     for folder in (*start.parents, Path.cwd()):
         home = folder / "plugins" / name
-        if re.fullmatch(r"\w+", name) and (home / "pyproject.toml").is_file():
+        if name.isidentifier() and (home / "pyproject.toml").is_file():
             inside = home.is_relative_to(Path.cwd())
             return "-e " + shlex.quote(f"./{home.relative_to(Path.cwd())}" if inside else str(home))
     for requirement in recipe.requires:
+        if not name.isidentifier() or not re.fullmatch(
+            r"[A-Za-z0-9][\w.-]*(\[[\w,-]+\])?[\s\w.,*<>=!~+]*", requirement
+        ):
+            continue  # an address or an option for pip is nothing to print as a command
         project = re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
         if project.endswith(f"trainkit-{name.replace('_', '-')}"):
             return shlex.quote(requirement)

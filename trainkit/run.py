@@ -152,7 +152,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "schedules": [s.scheduler.state_dict() for s in self.schedules],
             "plugins": {
-                name: {"version": active.version, "state": active.instance.state_dict()}
+                name: {"version": active.version, "state": active.state_dict()}
                 for name, active in self.hooks.plugins.items()
                 if hasattr(active.instance, "state_dict")
             },
@@ -183,7 +183,7 @@ class Run:
             schedule.scheduler.load_state_dict(saved)
         for name, saved in state["plugins"].items():
             if name in self.hooks.plugins:
-                self.hooks.plugins[name].instance.load_state_dict(saved["state"])
+                self.hooks.plugins[name].load_state_dict(saved["state"])
         self.epoch = state["position"]["epoch"]
         self.step = state["position"]["step"]
         self.batch_index = state["position"]["batch_index"]
@@ -271,17 +271,39 @@ def build_with(recipe: Recipe, hooks: Hooks, console: Console | None = None) -> 
     run.model = model.to(run.device)
     wrap = hooks.chain("wrap_model", nn.Module)
     run.forward = wrap(run, run.model) if wrap else run.model
+    if strange := {*run.forward.parameters()} - {*run.model.parameters()}:
+        raise PluginError(
+            f"{hooks.named('wrap_model')}: what is called has {len(strange)} parameters that the network lacks; "
+            "nothing would train or save them; add them in transform_model"
+        )
 
-    run.loss = hooks.required("loss", object)(run)
+    loss = hooks.required("loss", Callable)(run)  # type: ignore[arg-type]
+    run.loss = hooks.implementations("loss")[0].guarded(loss)
     params = [p for p in run.model.parameters() if p.requires_grad]
-    optimizer = hooks.required("optimizer", Optimizer)(run, params)
-    if change := hooks.chain("transform_optimizer", Optimizer):
-        optimizer = change(run, optimizer)
-    run.optimizer = optimizer
-    run.schedules = [_schedule(impl, s) for impl, s in hooks.collect("scheduler", Schedule, run, optimizer)]
+    run.optimizer = hooks.required("optimizer", Optimizer)(run, params)
+    check_optimizer(run, hooks.named("optimizer"))
+    for impl in hooks.implementations("transform_optimizer"):
+        run.optimizer = impl.checked(Optimizer, run, run.optimizer)
+        check_optimizer(run, f"{impl.active}, transform_optimizer")
+    run.schedules = [_schedule(impl, s) for impl, s in hooks.collect("scheduler", Schedule, run, run.optimizer)]
     contexts = [c for _, c in hooks.collect("contexts", AbstractContextManager, run)]
     run.context = nullcontext() if not contexts else contexts[0] if len(contexts) == 1 else _Nested(contexts)
     return run
+
+
+def check_optimizer(run: Run, who: str) -> None:
+    """Hold the optimizer's parameters against the network's trainable ones.
+
+    Raises:
+        PluginError: they are not the same; the message begins with `who`.
+    """
+    held = {p for group in run.optimizer.param_groups for p in group["params"]}
+    trained = {p for p in run.model.parameters() if p.requires_grad}
+    if held != trained:
+        raise PluginError(
+            f"{who}: the optimizer's parameters are not the network's: {len(trained - held)} trainable ones are "
+            f"missing and {len(held - trained)} strange ones are there; give it exactly the parameters offered"
+        )
 
 
 def _device(recipe: Recipe) -> torch.device:
@@ -307,7 +329,11 @@ def _pipeline(run: Run, split: str) -> Pipeline:
                 raise impl.wrong(step, Transform)
             purpose = f"{impl.active.name}/{split}" + (f"/{number}" if number else "")
             steps.append((purpose, step))
-    pipeline = Pipeline(steps)
+
+    def failed(purpose: str, error: Exception) -> Exception:
+        return run.hooks.plugins[purpose.partition("/")[0]].failed("its transform", error, run.hooks.failure)
+
+    pipeline = Pipeline(steps, failed)
     pipeline.sizes(run.data.shape[1:])  # a transform that does not fit says so now, not at the first batch
     return pipeline
 

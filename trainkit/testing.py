@@ -380,10 +380,10 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return [key for key in {**flat_a, **flat_b} if flat_a.get(key) != flat_b.get(key)]
 
 
-def _flat(value: Any, key: str) -> dict[str, str]:
-    """Return nested values by dotted key, each as text that is equal only where they are, not-a-number included."""
+def _flat(value: Any, key: str) -> dict[str, Any]:
+    """Return nested values by dotted key, each as something that is equal only where they are, not-a-number too."""
     if isinstance(value, Tensor):
-        return {key: f"{value.dtype} {value.tolist()}"}
+        return {key: (value.dtype, value.shape, value.flatten().view(torch.uint8).numpy().tobytes())}
     if isinstance(value, list | tuple):
         value = dict(enumerate(value))
     if isinstance(value, Mapping):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trainkit.data import Batch, fingerprint, order
 from trainkit.errors import PluginError, RunError, TrainkitError
 from trainkit.rng import stream, torch_seed
-from trainkit.run import Run, best_of, count_parameters, to_host
+from trainkit.run import Run, best_of, check_optimizer, count_parameters, to_host
 from trainkit.rundir import RunDir, environment, lock
 
 __all__ = ["Result", "Trainer", "evaluate", "fit", "provenance"]
@@ -233,6 +233,11 @@ class Trainer:
                 key = f"{split}_{name}"
                 if key in metrics:
                     raise PluginError(f"{owners[key]} and {impl.active} both report the metric {name!r}")
+                if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.dim() == 0):
+                    got = type(value).__name__
+                    raise PluginError(
+                        f"{impl.active}, metrics: expected a number or a scalar tensor as {name!r}, got {got}"
+                    )
                 metrics[key], owners[key] = value, impl.active
         return metrics
 
@@ -296,8 +301,9 @@ def _fit(run: Run, run_dir: RunDir, test_batches: int | None) -> Result:
     error: BaseException | None = None
     with _signals(run):
         try:
-            if fit_start := run.hooks.notify("fit_start"):
-                fit_start(run)
+            for impl in run.hooks.implementations("fit_start"):
+                impl(run)
+                check_optimizer(run, f"{impl.active}, fit_start")
             trainer.train()
             run.flush_log()
         except BaseException as caught:

@@ -8,6 +8,7 @@ implementation.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,8 +101,12 @@ class Pipeline:
     is still uint8 at the end is scaled to [0, 1], as torchvision's ``ToTensor`` does.
     """
 
-    def __init__(self, steps: Sequence[tuple[str, Transform]]) -> None:
+    def __init__(
+        self, steps: Sequence[tuple[str, Transform]], failed: Callable[[str, Exception], Exception] | None = None
+    ) -> None:
+        """`failed` makes the error that is raised from the stream's name and what its transform raised."""
         self.steps = tuple(steps)
+        self._failed = failed or (lambda name, error: error)
 
     def __call__(self, images: Tensor, stream: Callable[[str], np.random.Generator]) -> Tensor:
         """Transform a batch; parameters are drawn for the whole batch, so chunks do not change them."""
@@ -129,9 +134,15 @@ class Pipeline:
             TrainkitError: a transform cannot take images of the size that would reach it.
         """
         sizes = [size]
-        for _, step in self.steps:
-            sizes.append(step.out_size(sizes[-1]))
+        for name, step in self.steps:
+            sizes.append(self._call(name, step.out_size, sizes[-1]))
         return sizes
+
+    def _call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return function(*args)
+        except Exception as error:
+            raise self._failed(name, error) from error
 
     def draw(
         self, n: int, size: Size, stream: Callable[[str], np.random.Generator], device: torch.device
@@ -139,21 +150,21 @@ class Pipeline:
         """Draw the parameters of every transform for `n` images of this size."""
         params: list[Params] = []
         for (name, step), arriving in zip(self.steps, self.sizes(size)[:-1], strict=True):
-            draws = step.draw(stream(name), n, arriving)
+            draws = self._call(name, step.draw, stream(name), n, arriving)
             params.append({k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in draws.items()})
         return params
 
     def apply(self, images: Tensor, params: Sequence[Params]) -> Tensor:
         """Transform images with the given parameters, one mapping a transform."""
         gathers: list[tuple[Gather, Params]] = []
-        for (_, step), given in zip(self.steps, params, strict=True):
+        for (name, step), given in zip(self.steps, params, strict=True):
             if isinstance(step, Gather):
                 gathers.append((step, given))
                 continue
             images = gather(images, gathers)
             gathers = []
             assert isinstance(step, Map)
-            images = step.apply(images, given)
+            images = self._call(name, step.apply, images, given)
         return to_float(gather(images, gathers))
 
 
