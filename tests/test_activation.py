@@ -120,6 +120,15 @@ def test_a_misspelt_hook_is_named_with_the_nearest():
         register(active(p=P()))
 
 
+def test_a_forgotten_mark_is_named():
+    @plugin
+    class P:
+        def step_end(self, run): ...
+
+    with pytest.raises(PluginError, match="plugin 'p': 'step_end' is a hook's name; mark the method with @hookimpl"):
+        register(active(p=P()))
+
+
 def test_an_unknown_argument_is_refused():
     @plugin
     class P:

@@ -54,7 +54,6 @@ NOT_HERE = {
 HEAVY = {
     "cifar10": "torchvision's data sets",
     "compile": "torch's compiler",
-    "digits": "scikit-learn's data sets",
     "image_folder": "torchvision's images",
 }  # what these import is what a run that lists them starts with
 

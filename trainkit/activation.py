@@ -313,6 +313,11 @@ def _check_implementations(hooks: Hooks) -> None:
                     near = did_you_mean(name, [k for k in known if k != name])
                     raise PluginError(f"{hooks.plugins[impl.plugin_name]}: {name!r} is not a hook{near}") from error
         raise PluginError(str(error)) from error
+    for active in hooks.plugins.values():
+        for name in known:
+            method = vars(type(active.instance)).get(name)
+            if inspect.isfunction(method) and not hasattr(method, "trainkit_impl"):
+                raise PluginError(f"{active}: {name!r} is a hook's name; mark the method with @hookimpl, or rename it")
     for name in known:
         for impl in getattr(hooks.manager.hook, name).get_hookimpls():
             if impl.tryfirst or impl.trylast or impl.wrapper or impl.hookwrapper:

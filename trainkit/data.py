@@ -7,6 +7,7 @@ device as a whole, and a batch of it is one indexing; any other split is decoded
 import signal
 import threading
 from collections.abc import Iterator
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any, Protocol, runtime_checkable
 
@@ -64,7 +65,11 @@ class TensorSplit:
         return TensorSplit(self.images.to(device), self.targets.to(device))
 
     def fingerprint(self) -> str:
-        """Return a digest of every pixel and target."""
+        """Return a digest of every pixel and target, computed once."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         digest = blake2b(repr(tuple(self.images.shape)).encode(), digest_size=16)
         for tensor in (self.images, self.targets):
             digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)

@@ -194,7 +194,7 @@ def _read_with_bases(path: Path, root: Path, seen: tuple[Path, ...]) -> dict[str
     if not isinstance(base, str):
         raise RecipeError(f"{path}: extends: expected the name of one recipe file, got {base!r}")
     target = path.parent / base
-    if not target.resolve().is_relative_to(root.resolve()):
+    if "\0" in base or not target.resolve().is_relative_to(root.resolve()):
         raise RecipeError(f"{path}: extends: {base!r} lies outside the recipe's own folder; copy it there")
     return _merge(_read_with_bases(target, root, (*seen, resolved)), tree)
 

@@ -71,6 +71,7 @@ class Run:
     provenance: dict[str, Any] = field(factory=dict)  #: plugins, environment and data, as in the run directory
     resumed: list[dict[str, Any]] = field(factory=list)  #: where the run was continued, and what was changed then
     stop_reason: str | None = None  #: why the run is about to stop at the next safe point
+    exit_code: int = 0  #: of the command that trains, when the run was asked to stop
     pending: list[dict[str, Any]] = field(factory=list)  #: records not yet copied to the host
     _console: Console | None = field(default=None, alias="console")
 
@@ -124,9 +125,15 @@ class Run:
             output = (self.forward if model is None else model)(batch.images)
             return output, self.loss(output, batch.targets)
 
-    def stop(self, reason: str) -> None:
-        """Ask the run to stop at its next safe point; the first reason is kept."""
-        self.stop_reason = self.stop_reason or reason
+    def stop(self, reason: str, exit_code: int = 0) -> None:
+        """Ask the run to stop at its next safe point; the first reason is kept.
+
+        Args:
+            reason: for people, and for ``result.json``.
+            exit_code: of the command; other than 0 where the run should be continued: 143 is what a SIGTERM gives.
+        """
+        if self.stop_reason is None:
+            self.stop_reason, self.exit_code = reason, exit_code
 
     def log(self, values: Mapping[str, Tensor | float]) -> None:
         """Record values at the current step; scalar tensors stay on the device until many are copied at once.

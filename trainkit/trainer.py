@@ -5,6 +5,7 @@ Nothing here waits for the device between the epochs' ends: no ``.item()``, no c
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -285,9 +286,16 @@ def fit(run: Run, run_dir: str | Path | None = None, *, test_batches: int | None
     Raises:
         TrainkitError: the run directory cannot be made, or the run fails.
     """
+    new = run.dir is None
     run.dir = run.dir or RunDir.create(run.recipe, Path(run_dir) if run_dir is not None else None)
-    with run.dir.locked():
-        return _fit(run, run.dir, test_batches)
+    try:
+        with run.dir.locked():
+            return _fit(run, run.dir, test_batches)
+    except TrainkitError:
+        if new and run.hooks.failure is not RunError:  # nothing has begun, so nothing is left behind
+            shutil.rmtree(run.dir.path)
+            run.dir = None
+        raise
 
 
 def _fit(run: Run, run_dir: RunDir, test_batches: int | None) -> Result:
@@ -296,7 +304,6 @@ def _fit(run: Run, run_dir: RunDir, test_batches: int | None) -> Result:
     run_dir.write_json("plugins.lock.json", run.provenance["plugins"])
     run_dir.write_json("environment.json", run.provenance["environment"])
     (run_dir.path / "result.json").unlink(missing_ok=True)  # a resumed run has not ended yet
-    run.hooks.failure = RunError
     trainer = Trainer(run, test_batches)
     error: BaseException | None = None
     with _signals(run):
@@ -304,6 +311,7 @@ def _fit(run: Run, run_dir: RunDir, test_batches: int | None) -> Result:
             for impl in run.hooks.implementations("fit_start"):
                 impl(run)
                 check_optimizer(run, f"{impl.active}, fit_start")
+            run.hooks.failure = RunError  # from here on it is the run that fails, whatever is wrong
             trainer.train()
             run.flush_log()
         except BaseException as caught:
@@ -317,8 +325,8 @@ def _fit(run: Run, run_dir: RunDir, test_batches: int | None) -> Result:
             run_dir.write_json("result.json", result.to_dict())
             for batches in run.batches.values():
                 batches.close()
-    if isinstance(error, TrainkitError) and not isinstance(error, RunError):
-        raise RunError(str(error)) from error  # whatever is wrong, it is the run that failed
+    if isinstance(error, TrainkitError) and not isinstance(error, run.hooks.failure):
+        raise run.hooks.failure(str(error)) from error
     if error is not None:
         raise error
     return result
@@ -332,10 +340,8 @@ def evaluate(run: Run, *, test_batches: int | None = None) -> dict[str, float]:
 
 def provenance(run: Run) -> dict[str, Any]:
     """Return what produces the run's numbers: its plugins, the environment, and the data's fingerprints."""
-    data = {
-        name: {"images": len(batches.split), "fingerprint": fingerprint(batches.split)}
-        for name, batches in run.batches.items()
-    }
+    splits = {"train": run.data.train, "test": run.data.test}
+    data = {name: {"images": len(split), "fingerprint": fingerprint(split)} for name, split in splits.items()}
     return {
         "plugins": lock(run.hooks.plugins, run.recipe),
         "environment": {**environment(), "device": str(run.device), "data": data},
@@ -383,7 +389,7 @@ def _signals(run: Run) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         if run.stop_reason is not None:
             raise KeyboardInterrupt
-        run.stop(signal.Signals(number).name)
+        run.stop(signal.Signals(number).name, exit_code=128 + number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -173,7 +173,7 @@ def to_float(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8:
         return images
     # A GPU divides by a number by multiplying with a rounded 1 / 255, which can miss the last bit; not by a tensor.
-    divisor = 255.0 if images.device.type == "cpu" else torch.full((1,), 255.0, device=images.device)
+    divisor = torch.full((1,), 255.0, device=images.device) if images.is_cuda else 255.0
     return images.to(torch.float32).div_(divisor)
 
 

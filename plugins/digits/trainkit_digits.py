@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from attrs import field
 from attrs.validators import and_, gt, lt
-from sklearn.datasets import load_digits
 
 from trainkit import Data, TensorSplit
 from trainkit.plugin import hookimpl, plugin
@@ -34,6 +33,8 @@ class Digits:
         Raises:
             DataError: `test_fraction` is so small that no class has a test image.
         """
+        from sklearn.datasets import load_digits  # here, because it imports much
+
         values, target = load_digits(return_X_y=True)
         images = torch.from_numpy(np.rint(values * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
         targets = torch.from_numpy(target.astype(np.int64))

@@ -57,7 +57,7 @@ class TimeLimit:
     def step_end(self, run: Run) -> None:
         """Ask for a stop before the safe point of this step, so that whoever saves there knows of it."""
         if monotonic() >= self._end:
-            run.stop(f"time_limit {self.limit}")
+            run.stop(f"time_limit {self.limit}", exit_code=143)
 
     @hookimpl
     def forward_end(self, run: Run) -> None:

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -74,7 +76,7 @@ def hand_written(steps: int) -> float:
 def ours(steps: int, observers: dict[str, Any]) -> float:
     """Return microseconds a step of the trainer."""
     run = build_run({"toy": Toy(steps=steps), **observers}, batch_size=BATCH)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         fit(run, folder)
     return sum(run.seconds.get(p, 0.0) for p in run.seconds if p != "evaluation") / steps * 1e6
 

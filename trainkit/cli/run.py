@@ -28,7 +28,6 @@ examples:
   trainkit run recipes/dense_shared.yaml --dry-run
 """
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
-EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,14 +73,15 @@ def train(run: Run, run_dir: str | None = None, *, as_json: bool) -> int:
         if run.dir is not None and (run.dir.path / "checkpoints" / "last.pt").exists():
             run.console.print(f"continue with: {_resume_command(run.dir.path)}", **PLAIN)
         raise
-    return _report(result, run.console, as_json=as_json)
+    _report(result, run.console, as_json=as_json)
+    return run.exit_code
 
 
 def _resume_command(path: Path) -> str:
     return f"trainkit resume {shlex.quote(printable(path))}"
 
 
-def _report(result: Result, console: Console, *, as_json: bool) -> int:
+def _report(result: Result, console: Console, *, as_json: bool) -> None:
     if as_json:
         print_json({**result.to_dict(), "run_dir": str(result.path)})
     else:
@@ -99,7 +99,6 @@ def _report(result: Result, console: Console, *, as_json: bool) -> int:
             f"continue with: {_resume_command(result.path)}" if saved else "not saved: its recipe lists no `checkpoint`"
         )
         console.print(f"stopped by {printable(result.reason)}; {cure}", **PLAIN)
-    return EXIT_CODES.get(result.reason or "", 0)
 
 
 def _result_table(result: Result) -> Any:

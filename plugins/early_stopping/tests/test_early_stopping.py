@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainkit import fit
-from trainkit.errors import RecipeError
+from trainkit.errors import RecipeError, RunError
 from trainkit.plugin import hookimpl, plugin
 from trainkit.recipe import from_dict, make_options
 from trainkit.testing import build_run
@@ -129,13 +129,13 @@ def test_a_checkpoint_plugin_knows_of_the_stop_at_the_same_safe_point(tmp_path):
 def test_an_unknown_metric_is_one_clear_error_at_the_first_epochs_end(tmp_path):
     plugins = {"scores": Scores(values=[1.0, 1.0]), "early_stopping": EarlyStopping(metric="test_los")}
     run = build_run(plugins, epochs=2)
-    with pytest.raises(RecipeError, match=r"'test_los'; did you mean 'test_loss'\?; known: test_loss$"):
+    with pytest.raises(RunError, match=r"'test_los'; did you mean 'test_loss'\?; known: test_loss$"):
         fit(run, tmp_path / "run")
     assert len(run.history) == 1
 
 
 def test_no_metrics_at_all_is_said(tmp_path):
-    with pytest.raises(RecipeError, match=r"no plugin reports 'test_loss'; known: none"):
+    with pytest.raises(RunError, match=r"no plugin reports 'test_loss'; known: none"):
         fit(build_run({"early_stopping": EarlyStopping()}), tmp_path / "run")
 
 
