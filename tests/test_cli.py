@@ -171,3 +171,9 @@ def test_nothing_raw_reaches_the_terminal(small, capsys):
     assert printable("a\x1b[31mb\x9bc\u202ed\n") == "a\\x1b[31mb\\x9bc\\x202ed\n"
     assert main(["run", "evil\x1b]0;owned\x07.yaml"]) == 2
     assert "\x1b" not in capsys.readouterr().err
+
+
+def test_a_fault_before_the_first_step_leaves_no_run_directory(small, capsys):
+    assert main(["run", str(small), "plugins.figures.published=nowhere.csv"]) == 2
+    assert "nowhere.csv" in capsys.readouterr().err
+    assert list((small.parent / "runs").rglob("*.json")) == []

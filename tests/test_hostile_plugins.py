@@ -54,15 +54,15 @@ def fail():
 @each_hook
 def test_a_hook_that_raises(hook, tmp_path):
     with pytest.raises(TrainkitError) as caught:
-        fit(build_hostile(plugin_with(**{hook: fail})), tmp_path)
+        fit(build_hostile(plugin_with(**{hook: fail})), tmp_path / "run")
     assert str(caught.value) == f"{NAMED} failed in {hook}: ZeroDivisionError: by zero"
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
-    if hook in vars(Build):
+    if hook in vars(Build) or hook == "fit_start":  # nothing has begun
         assert type(caught.value) is PluginError
         assert list(tmp_path.iterdir()) == []
     else:
         assert type(caught.value) is RunError
-        result = json.loads((tmp_path / "result.json").read_text())
+        result = json.loads((tmp_path / "run" / "result.json").read_text())
         assert (result["status"], result["reason"]) == ("failed", f"RunError: {caught.value}")
 
 

@@ -325,8 +325,9 @@ def _fit(run: Run, run_dir: RunDir, test_batches: int | None) -> Result:
             run_dir.write_json("result.json", result.to_dict())
             for batches in run.batches.values():
                 batches.close()
-    if isinstance(error, TrainkitError) and not isinstance(error, run.hooks.failure):
-        raise run.hooks.failure(str(error)) from error
+    begun = run.hooks.failure is RunError
+    if begun and isinstance(error, TrainkitError) and not isinstance(error, RunError):
+        raise RunError(str(error)) from error
     if error is not None:
         raise error
     return result
