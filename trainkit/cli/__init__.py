@@ -66,9 +66,10 @@ def _dispatch(argv: list[str]) -> int:
     if two_words in installed(COMMANDS):  # `trainkit plugins new`: an action that a plugin adds to a command
         first, argv = two_words, argv[1:]
     command = _command(first)
+    more = ", ".join(name.removeprefix(f"{first}.") for name in installed(COMMANDS) if name.startswith(f"{first}."))
     parser = argparse.ArgumentParser(
         prog=f"trainkit {first.replace('.', ' ')}",
-        description=command.HELP,
+        description=command.HELP + (f"\n\nactions that plugins add: {more}" if more else ""),
         epilog=getattr(command, "EXAMPLES", None),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
