@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["RunDir", "atomic_write", "environment", "lock", "pack_state"]
+__all__ = ["RunDir", "atomic_write", "environment", "flush_folder", "lock", "pack_state"]
 
 DIGEST_SIZE = 32
 
@@ -61,12 +61,18 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Write a folder's names to the disk: what makes a rename last."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @attrs.frozen

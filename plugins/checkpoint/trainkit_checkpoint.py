@@ -8,7 +8,7 @@ from attrs.validators import ge
 from trainkit import Run
 from trainkit.plugin import hookimpl, plugin
 from trainkit.run import best_of
-from trainkit.rundir import atomic_write, pack_state
+from trainkit.rundir import atomic_write, flush_folder, pack_state
 
 __all__ = ["Checkpoint"]
 
@@ -53,6 +53,7 @@ class Checkpoint:
         if last.exists():
             last.replace(previous)
         new.replace(last)
+        flush_folder(folder)
         if best:
             atomic_write(folder / "best.pt", data)
         self._saved_at = monotonic()
