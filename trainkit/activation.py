@@ -63,7 +63,10 @@ class Active:
         try:
             self.instance.load_state_dict(state)
         except Exception as error:
-            raise self.failed("load_state_dict", error, CheckpointError) from error
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{self}: its state does not fit the recipe: {type(error).__name__}: {reason}"
+            ) from error
 
 
 @attrs.frozen(eq=False)

@@ -177,5 +177,15 @@ def test_a_pattern_that_matches_nothing_is_an_error():
 def test_no_decay_to_take_away_is_an_error():
     with pytest.raises(RecipeError, match="no weight decay to take away"):
         build_run(plugins(lambda p: torch.optim.SGD(p, lr=0.1)))
+
+
+def test_a_network_of_matrices_alone_has_nothing_to_regroup():
+    @plugin
+    class Matrix:
+        @hookimpl
+        def model(self):
+            return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 4, bias=False))
+
+    decayed = plugins(lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.3))
     with pytest.raises(RecipeError, match="no weight decay to take away"):
-        build_run(plugins(lambda p: torch.optim.SGD([q for q in p if q.ndim > 1], lr=0.1, weight_decay=0.3)))
+        build_run({"network": Matrix(), **decayed})
