@@ -167,7 +167,7 @@ class RunDir:
             data = path.read_bytes()
         except OSError as error:
             raise CheckpointError(
-                f"{path}: no checkpoint: {error.strerror}; a run saves them when its recipe lists `checkpoint`"
+                f"{path}: no checkpoint: {error.strerror}; a run saves them when its recipe lists a plugin that does"
             ) from error
         body, digest = data[:-DIGEST_SIZE], data[-DIGEST_SIZE:]
         if blake2b(body, digest_size=DIGEST_SIZE).digest() != digest:

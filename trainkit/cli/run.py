@@ -96,7 +96,9 @@ def _report(result: Result, console: Console, *, as_json: bool) -> None:
         assert result.path is not None
         saved = (result.path / "checkpoints" / "last.pt").exists()
         cure = (
-            f"continue with: {_resume_command(result.path)}" if saved else "not saved: its recipe lists no `checkpoint`"
+            f"continue with: {_resume_command(result.path)}"
+            if saved
+            else "not saved: its recipe lists no plugin that saves checkpoints"
         )
         console.print(f"stopped by {printable(result.reason)}; {cure}", **PLAIN)
 
