@@ -130,3 +130,15 @@ def test_a_directory_that_cannot_be_made_is_one_error(small, capsys):
     (small.parent / "runs").touch()
     assert main(["run", str(small)]) == 2
     assert "cannot be made" in capsys.readouterr().err
+
+
+def test_a_class_label_with_terminal_escapes_reaches_the_terminal_as_text(streamed, capfd):
+    for split in ("train", "test"):
+        (streamed / "pictures" / split / "dog").rename(streamed / "pictures" / split / "\x1b]0;owned\x07dog")
+    assert main(["run", "streamed.yaml", "--run-dir", "out", "max_steps=1", "plugins.progress={}"]) == 0
+    assert main(["runs", "show", "out"]) == 0
+    (streamed / "pictures" / "test" / "\x1b]0;owned\x07dog" / "0.png").write_bytes(b"no picture")
+    assert main(["evaluate", "out"]) == 2
+    printed = capfd.readouterr()
+    assert "owned" in printed.err
+    assert "\x1b" not in printed.out + printed.err
