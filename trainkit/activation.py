@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -83,7 +84,11 @@ class Implementation:
         try:
             return self.call(*args)
         except (Exception, SystemExit) as error:
-            raise self.active.failed(self.hook, error, self.hooks.failure) from error
+            raise self.failed(error) from error
+
+    def failed(self, error: BaseException) -> TrainkitError:
+        """Return the error that names plugin, distribution, version and hook for what the plugin raised."""
+        return self.active.failed(self.hook, error, self.hooks.failure)
 
     def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that a hook gave, so that what it raises later names the plugin, too."""
@@ -154,10 +159,15 @@ class Hooks:
         found = tuple(reversed(self.implementations(hook)) if reverse else self.implementations(hook))
         if not found:
             return None
+        calls = [impl.call for impl in found]
 
         def fire(*args: Any) -> None:
-            for impl in found:
-                impl(*args)
+            called = -1
+            try:  # one for all: a step passes through here several times
+                for called, call in enumerate(calls):  # noqa: B007 - names the one that fails
+                    call(*args)
+            except (Exception, SystemExit) as error:
+                raise found[called].failed(error) from error
 
         return fire
 
@@ -221,7 +231,12 @@ def _positional(function: Callable[..., Any], wanted: list[str], offered: list[s
     if wanted == offered:
         return function
     picked = [offered.index(name) for name in wanted]
-    return lambda *args: function(*[args[i] for i in picked])
+    if not picked:
+        return lambda *args: function()
+    pick = itemgetter(*picked)
+    if len(picked) == 1:  # an itemgetter of one returns no tuple
+        return lambda *args: function(pick(args))
+    return lambda *args: function(*pick(args))
 
 
 def activate(recipe: Recipe, instrument: Instrument | None = None) -> Hooks:

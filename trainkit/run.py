@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -66,7 +67,7 @@ class Run:
     split: Literal["train", "test"] = "train"  #: what the current batch belongs to
     batch: Batch | None = None  #: the current batch, after all transforms
     history: list[dict[str, float]] = field(factory=list)  #: the metrics of each completed epoch
-    seconds: dict[str, float] = field(factory=dict)  #: wall time by part
+    seconds: defaultdict[str, float] = field(factory=lambda: defaultdict(float))  #: wall time by part
     images: int = 0  #: training images seen
     provenance: dict[str, Any] = field(factory=dict)  #: plugins, environment and data, as in the run directory
     resumed: list[dict[str, Any]] = field(factory=list)  #: where the run was continued, and what was changed then
@@ -196,7 +197,7 @@ class Run:
         self.batch_index = state["position"]["batch_index"]
         self.history = [dict(row) for row in state["history"]]
         self.images = state["cost"]["images"]
-        self.seconds = dict(state["cost"]["seconds"])
+        self.seconds.update(state["cost"]["seconds"])
         self.resumed = list(state["resumed"])
         torch.set_rng_state(state["random"])
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trainkit.data import Batch, fingerprint, order
 from trainkit.errors import PluginError, RunError, TrainkitError
-from trainkit.rng import stream, torch_seed
+from trainkit.rng import torch_seed
 from trainkit.run import Run, best_of, check_optimizer, count_parameters, to_host
 from trainkit.rundir import RunDir, environment, lock
 
@@ -93,13 +93,13 @@ class Trainer:
         cuda = run.device.type == "cuda"
         self.generator = torch.cuda.default_generators[run.device.index or 0] if cuda else torch.default_generator
         self.draws: bool | None = None  # whether the network draws random numbers; not known before a first step
+        self.seconds = run.seconds
         self._clock = perf_counter()
 
     def lap(self, part: str) -> None:
         """Add the time since the last lap to a part of the run."""
         now = perf_counter()
-        seconds = self.run.seconds
-        seconds[part] = seconds.get(part, 0.0) + now - self._clock
+        self.seconds[part] += now - self._clock
         self._clock = now
 
     def train(self) -> None:
@@ -136,7 +136,7 @@ class Trainer:
             if not self.train_step(batch):
                 continue
             self.at_safe_point()
-            if self.stopping() or run.finished:
+            if run.stop_reason is not None or run.step == run.recipe.max_steps:
                 break
 
     def train_step(self, batch: Batch) -> bool:
@@ -149,7 +149,11 @@ class Trainer:
         if self.forward_end:
             self.forward_end(run, batch, output, loss)
             self.lap("plugins")
-        complete = self.backward(run, loss) is not False if self.backward else _backward(loss)
+        complete = True
+        if self.backward:
+            complete = self.backward(run, loss) is not False
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
         if self.draws is None:
             self.draws = seeded is None or not torch.equal(seeded, self.generator.get_state())
         self.lap("backward")
@@ -173,13 +177,13 @@ class Trainer:
             self.step_end(run)
         if len(run.pending) >= FLUSH_EVERY:
             run.flush_log()
+            self.lap("plugins")
         return True
 
     def prepare(self, batch: Batch) -> Batch:
         """Apply the image transforms of the split, then what plugins do to the batch."""
         run = self.run
-        position = (run.epoch, run.batch_index)
-        batch.images = run.transforms[run.split](batch.images, lambda name: stream(run.recipe.seed, name, *position))
+        batch.images = run.transforms[run.split](batch.images, run.rng)
         self.lap("transforms")
         if self.transform_batch:
             batch = self.transform_batch(run, batch)
@@ -264,12 +268,7 @@ class Trainer:
         """Tell plugins that the run may be saved or stopped here."""
         if self.safe_point:
             self.safe_point(self.run)
-        self.lap("plugins")
-
-
-def _backward(loss: Tensor) -> bool:
-    loss.backward()  # type: ignore[no-untyped-call]
-    return True
+            self.lap("plugins")
 
 
 def fit(run: Run, run_dir: str | Path | None = None, *, test_batches: int | None = None) -> Result:

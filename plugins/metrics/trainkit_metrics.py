@@ -15,6 +15,12 @@ from trainkit.plugin import hookimpl, plugin
 __all__ = ["Metrics"]
 
 
+#: Batches that wait on a processor to be added up together, which makes the small operations of a step next to free.
+WAITING = 64
+#: Values of an output from which it is added up at once: too many to keep, and worth operations of its own.
+LARGE = 2**14
+
+
 @attrs.define(eq=False)
 class _Total:
     """What a split has added up to so far."""
@@ -22,6 +28,50 @@ class _Total:
     loss: Tensor  # float64 [], over images, not over batches: the last batch is usually smaller
     correct: Tensor  # int64 []
     images: int = 0
+    waiting: list[tuple[Tensor, Tensor, Tensor]] = field(factory=list)  # loss, output and targets of a batch
+    most: int = 1  # how many of them may wait
+
+    def add_up(self) -> None:
+        """Add the batches that wait."""
+        if not self.waiting:
+            return
+        losses, outputs, targets = zip(*self.waiting, strict=True)
+        self.waiting.clear()
+        sizes = [t.numel() for t in targets]
+        if len({*sizes}) == 1:
+            self.loss.add_(torch.stack(losses).sum(dtype=torch.float64), alpha=sizes[0])
+        else:
+            for loss, size in zip(losses, sizes, strict=True):
+                self.loss.add_(loss, alpha=size)
+        # eq_ in int64 spares the sum a conversion from bool
+        self.correct.add_(_joined(outputs).argmax(1).eq_(_joined(targets)).sum())
+        self.images += sum(sizes)
+        # a graph on a GPU writes its next output over this one
+        self.most = 1 if outputs[0].is_cuda or outputs[0].numel() > LARGE else WAITING
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums, and the batches that wait: added up apart, they could round apart."""
+        waiting = [*zip(*self.waiting, strict=True)]
+        return {
+            "loss": self.loss.clone(),
+            "correct": self.correct.clone(),
+            "images": self.images,
+            "waiting": [torch.stack(waiting[0]), *map(torch.cat, waiting[1:])] if waiting else [],
+            "sizes": [targets.numel() for _, _, targets in self.waiting],
+            "most": self.most,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "_Total":
+        """Continue on a device from what :meth:`state_dict` returned."""
+        loss, correct = (state[name].to(device, copy=True) for name in ("loss", "correct"))
+        losses, *others = (part.to(device, copy=True) for part in state["waiting"] or torch.empty(3, 0))
+        waiting = zip(losses.unbind(), *(part.split(state["sizes"]) for part in others), strict=True)
+        return cls(loss, correct, state["images"], list(waiting), state["most"])
+
+
+def _joined(batches: tuple[Tensor, ...]) -> Tensor:
+    return batches[0] if len(batches) == 1 else torch.cat(batches)
 
 
 @plugin
@@ -38,13 +88,14 @@ class Metrics:
 
     every: int = field(default=50, validator=ge(0))
     _totals: dict[str, _Total] = field(init=False, factory=dict)  # by split
-    _loss: Tensor | None = field(init=False, default=None)  # of the current training batch
+    _loss: Tensor | None = field(init=False, default=None)  # of the current batch
 
     @hookimpl
     def fit_start(self, run: Run) -> None:
         """Move what a checkpoint brought to the device of the run."""
-        for total in self._totals.values():
-            total.loss, total.correct = total.loss.to(run.device), total.correct.to(run.device)
+        self._totals = {
+            split: _Total.from_state(total.state_dict(), run.device) for split, total in self._totals.items()
+        }
 
     @hookimpl
     def epoch_start(self) -> None:
@@ -53,22 +104,20 @@ class Metrics:
 
     @hookimpl
     def forward_end(self, run: Run, batch: Batch, output: Tensor, loss: Tensor) -> None:
-        """Add a batch: five small operations on the device, nothing read from it."""
+        """Take a batch; nothing is read from the device."""
         total = self._totals.get(run.split)
         if total is None:
             total = self._totals[run.split] = _Total(
                 torch.zeros((), dtype=torch.float64, device=loss.device),
                 torch.zeros((), dtype=torch.int64, device=loss.device),
             )
-        loss, targets = loss.detach(), batch.targets
-        images = targets.shape[0]
+        targets = batch.targets
         if targets.ndim == 2:
             targets = targets.argmax(1)
-        total.loss.add_(loss, alpha=images)
-        total.correct.add_(output.argmax(1).eq_(targets).sum())  # eq_ in int64 spares the sum a conversion from bool
-        total.images += images
-        if run.split == "train":
-            self._loss = loss
+        self._loss = loss.detach()
+        total.waiting.append((self._loss, output.detach(), targets))
+        if len(total.waiting) >= total.most:
+            total.add_up()
 
     @hookimpl
     def step_end(self, run: Run) -> None:
@@ -89,18 +138,13 @@ class Metrics:
         total = self._totals.get(split) if split == "train" else self._totals.pop(split, None)
         if total is None:
             return None
+        total.add_up()
         return {"loss": total.loss / total.images, "accuracy": total.correct.double() * 100 / total.images}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what each split has added up to."""
-        return {
-            split: {"loss": total.loss.clone(), "correct": total.correct.clone(), "images": total.images}
-            for split, total in self._totals.items()
-        }
+        return {split: total.state_dict() for split, total in self._totals.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned, whatever device its tensors are on."""
-        self._totals = {
-            split: _Total(total["loss"].clone(), total["correct"].clone(), total["images"])
-            for split, total in state.items()
-        }
+        self._totals = {split: _Total.from_state(total, total["loss"].device) for split, total in state.items()}

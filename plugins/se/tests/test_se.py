@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainkit import Map
 from trainkit.errors import RecipeError
@@ -47,6 +48,24 @@ def test_without_bias_it_is_equations_2_to_4():
         squeezed = torch.stack([channel.sum() / 20 for channel in image])
         gate = 1 / (1 + torch.exp(-(w2 @ (w1 @ squeezed).clamp(min=0))))
         torch.testing.assert_close(result, torch.stack([s * c for s, c in zip(gate, image, strict=True)]))
+
+
+def test_no_channels_last_map_is_computed_in_another_order():
+    orders = []
+
+    class Orders(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.shape == (2, 8, 6, 6) and 0 not in result.stride():
+                orders.append((str(func), result.is_contiguous(memory_format=torch.channels_last)))
+            return result
+
+    x, gradient = (torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last) for _ in range(2))
+    se = SqueezeExcitation(8, 2)
+    with Orders():
+        se(x.requires_grad_()).backward(gradient)
+    assert len(orders) >= 3  # the scaled map, and both parts of the gradient
+    assert all(kept for _, kept in orders), orders
 
 
 def test_torchvisions_resnet18_gets_one_after_each_matched_module():
