@@ -1,5 +1,7 @@
 """Scikit-learn's handwritten digits."""
 
+from importlib.metadata import distribution
+
 import numpy as np
 import torch
 from attrs import field
@@ -33,11 +35,11 @@ class Digits:
         Raises:
             DataError: `test_fraction` is so small that no class has a test image.
         """
-        from sklearn.datasets import load_digits  # here, because it imports much
-
-        values, target = load_digits(return_X_y=True)
-        images = torch.from_numpy(np.rint(values * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
-        targets = torch.from_numpy(target.astype(np.int64))
+        # What sklearn.datasets.load_digits reads; importing it takes longer than all else before the first step.
+        path = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+        rows = np.loadtxt(str(path), delimiter=",", dtype=np.float64)  # 64 grey values and the digit
+        images = torch.from_numpy(np.rint(rows[:, :64] * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
+        targets = torch.from_numpy(rows[:, 64].astype(np.int64))
         test = torch.zeros(len(targets), dtype=torch.bool)
         for digit in range(10):
             index = (targets == digit).nonzero().squeeze(1)

@@ -12,6 +12,25 @@ from pathlib import Path
 
 from common import ROOT, alternate, arguments, report, show
 
+#: All that ``trainkit run`` does before the first step, and no further.
+FIRST_STEP = """
+import os, sys
+from trainkit import fit, load_recipe
+from trainkit.activation import Active, activate, register
+from trainkit.plugin import hookimpl, plugin
+from trainkit.run import build_with
+
+@plugin
+class End:
+    @hookimpl
+    def epoch_start(self):
+        os._exit(0)
+
+folder, path, *overrides = sys.argv[1:]
+recipe = load_recipe(path, overrides)
+fit(build_with(recipe, register([*activate(recipe).plugins.values(), Active("end", End())])), folder)
+"""
+
 
 def processor_seconds(command: Sequence[str]) -> float:
     """Return user and system seconds of a command."""
@@ -22,11 +41,12 @@ def processor_seconds(command: Sequence[str]) -> float:
 
 
 def wall_seconds(command: Sequence[str]) -> float:
-    """Return wall seconds of a command."""
-    start = time.perf_counter()
+    """Return wall seconds of Python code with arguments, the first of which is a new folder."""
+    code, *others = command
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, cwd=folder)
-    return time.perf_counter() - start
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code, folder, *others], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        return time.perf_counter() - start
 
 
 def main() -> None:
@@ -34,17 +54,6 @@ def main() -> None:
     args = arguments(__doc__, rounds=7, recipe="quickstart", root="")
     recipe = ROOT / "recipes" / f"{args.recipe}.yaml"
     where = [f"plugins.cifar10.root={Path(args.root).resolve()}"] if args.root else []
-    quiet = [
-        "plugins.figures=false",
-        "plugins.model_summary=false",
-        "plugins.progress=false",
-        "plugins.checkpoint=false",
-    ]
-    first_step = (
-        "import sys; from trainkit import build, load_recipe; from trainkit.trainer import Trainer; "
-        "run = build(load_recipe(sys.argv[1], [*sys.argv[2:], 'max_steps=1'])); run.flush_log(); "
-        "Trainer(run).train_step(next(run.batches['train'].iterate()))"
-    )
     commands = alternate(
         {
             "python -c pass": lambda: processor_seconds(["-c", "pass"]),
@@ -55,13 +64,13 @@ def main() -> None:
     )
     starts = alternate(
         {
-            "import torch, torchvision": lambda: wall_seconds(["-c", "import torch, torchvision"]),
-            "build the recipe, take one step": lambda: wall_seconds(["-c", first_step, str(recipe), *where, *quiet]),
+            "import torch, torchvision": lambda: wall_seconds(["import os, torch, torchvision; os._exit(0)"]),
+            "trainkit run, to its first step": lambda: wall_seconds([FIRST_STEP, str(recipe), *where]),
         },
         args.rounds,
     )
     imports = starts["import torch, torchvision"]
-    added = [b - a for a, b in zip(imports, starts["build the recipe, take one step"], strict=True)]
+    added = [b - a for a, b in zip(imports, starts["trainkit run, to its first step"], strict=True)]
     rows = [(name, "processor", show(values, 3)) for name, values in commands.items()]
     rows += [(name, "wall", show(values, 2)) for name, values in starts.items()]
     rows.append(("first step, beyond the import of torch", "wall", show(added, 2)))
