@@ -385,6 +385,51 @@ def test_a_stop_while_testing_repeats_the_test_on_resuming(tmp_path):
     assert run.history == []
 
 
+@plugin
+class Spender:
+    """Lets a made clock go on: each thing that is done takes a time of its own."""
+
+    now: float = field(init=False, default=0.0)
+
+    def spend(self, seconds):
+        self.now += seconds
+
+    @hookimpl
+    def transform_model(self, model):
+        model.register_forward_hook(lambda module, inputs, output: self.spend(0.001 if module.training else 100))
+        return model
+
+    @hookimpl
+    def transform_batch(self, run, batch):
+        self.spend(10 if run.split == "train" else 1000)
+        return batch
+
+    @hookimpl
+    def optimizer_step(self, run):
+        self.spend(0.002)
+
+    @hookimpl
+    def epoch_end(self):
+        self.spend(100_000)
+
+
+def test_time_is_told_apart_by_what_it_was_spent_on(tmp_path, monkeypatch):
+    spender = Spender()
+    monkeypatch.setattr("trainkit.trainer.perf_counter", lambda: spender.now)
+    result = fit(build_run({"spender": spender}), tmp_path / "run")  # 4 training batches of 8 images, 2 test batches
+    spent = {part: seconds for part, seconds in result.seconds.items() if seconds}
+    plugins, evaluation = 4 * 10 + 100_000, 2 * (100 + 1000)
+    total = pytest.approx(plugins + evaluation + 0.012)
+    assert spent == {
+        "forward": 0.004,
+        "plugins": plugins,
+        "optimizer": 0.008,
+        "evaluation": evaluation,
+        "total": total,
+    }
+    assert result.images_per_second == round(32 / 0.012, 1)
+
+
 def test_splits_that_are_not_in_memory_train_too():
     class Lazy:
         def __len__(self):

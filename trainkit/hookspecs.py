@@ -258,6 +258,8 @@ class Step:
     def forward_end(self, run: Run, batch: Batch, output: Tensor, loss: Tensor) -> None:
         """See what a forward pass gave, in training and in testing; ``run.split`` tells which.
 
+        Nothing is to be changed in place: other plugins may keep it for a while.
+
         Args:
             run: the run.
             batch: the batch as the network saw it.

@@ -97,9 +97,9 @@ class Trainer:
         self._clock = perf_counter()
 
     def lap(self, part: str) -> None:
-        """Add the time since the last lap to a part of the run."""
+        """Add the time since the last lap to a part of the run; whatever is done with test batches is evaluation."""
         now = perf_counter()
-        self.seconds[part] += now - self._clock
+        self.seconds[part if self.run.split == "train" else "evaluation"] += now - self._clock
         self._clock = now
 
     def train(self) -> None:

@@ -1,9 +1,10 @@
+import io
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainkit import Batch, TrainkitError, fit
@@ -41,6 +42,36 @@ def test_means_are_over_images_and_ties_go_to_the_first_class(batches):
     assert found["loss"].dtype == torch.float64
     assert float(found["loss"]) == pytest.approx(math.fsum(losses) / len(losses), rel=1e-14)
     assert float(found["accuracy"]) == 100 * sum(hits) / len(hits)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=200), st.data())
+@settings(deadline=None)
+def test_bits_do_not_depend_on_where_a_run_was_interrupted(sizes, data):
+    generator = torch.Generator().manual_seed(0)
+    uniform = data.draw(st.booleans())  # batches of one size, as nearly always
+    fed = [
+        (torch.randn(n, 3, generator=generator), torch.randint(0, 3, (n,), generator=generator), torch.rand(()))
+        for n in ([4] * len(sizes) if uniform else sizes)
+    ]
+    cut = data.draw(st.integers(0, len(fed)))
+    whole, first, second = Metrics(), Metrics(), Metrics()
+    for batch in fed:
+        feed(whole, "train", *batch)
+    for batch in fed[:cut]:
+        feed(first, "train", *batch)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    for batch in fed[cut:]:
+        feed(second, "train", *batch)
+    expected, found = whole.metrics("train"), second.metrics("train")
+    assert [v.item() for v in found.values()] == [v.item() for v in expected.values()]
+    correct = sum(int((output.argmax(1) == targets).sum()) for output, targets, _ in fed)
+    images = sum(len(targets) for _, targets, _ in fed)
+    assert found["accuracy"].item() == correct * 100 / images
+    mean = math.fsum(float(loss) * len(targets) for _, targets, loss in fed) / images
+    assert found["loss"].item() == pytest.approx(mean, rel=1e-13)
 
 
 def test_a_loss_that_float32_could_not_add_up():
