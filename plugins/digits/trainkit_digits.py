@@ -1,11 +1,13 @@
 """Scikit-learn's handwritten digits."""
 
 from importlib.metadata import distribution
+from pathlib import Path
 
 import numpy as np
 import torch
 from attrs import field
 from attrs.validators import and_, gt, lt
+from numpy.typing import NDArray
 
 from trainkit import Data, TensorSplit
 from trainkit.plugin import hookimpl, plugin
@@ -35,9 +37,7 @@ class Digits:
         Raises:
             DataError: `test_fraction` is so small that no class has a test image.
         """
-        # What sklearn.datasets.load_digits reads; importing it takes longer than all else before the first step.
-        path = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
-        rows = np.loadtxt(str(path), delimiter=",", dtype=np.float64)  # 64 grey values and the digit
+        rows = _rows()
         images = torch.from_numpy(np.rint(rows[:, :64] * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
         targets = torch.from_numpy(rows[:, 64].astype(np.int64))
         test = torch.zeros(len(targets), dtype=torch.bool)
@@ -52,3 +52,14 @@ class Digits:
             classes=tuple("0123456789"),
             shape=(1, 8, 8),
         )
+
+
+def _rows() -> NDArray[np.float64]:
+    """Return 64 grey values and the digit of each image."""
+    # What load_digits reads; to import it takes longer than all else that a run does before its first step.
+    path = Path(str(distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")))
+    if path.exists():
+        return np.loadtxt(path, delimiter=",")
+    from sklearn.datasets import load_digits
+
+    return np.column_stack(load_digits(return_X_y=True))

@@ -1,4 +1,5 @@
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,15 @@ def test_values_are_scaled_and_none_is_lost_or_twice():
     expected = sorted((image.tobytes(), int(t)) for image, t in zip(images, source.target, strict=True))
     assert sorted(rows(data.train) + rows(data.test)) == expected
     assert (data.train.images.min(), data.train.images.max()) == (0, 255)
+
+
+def test_scikit_learn_is_asked_where_its_file_lies_elsewhere(monkeypatch, tmp_path):
+    found = Digits().data()
+    monkeypatch.setattr("trainkit_digits.distribution", lambda name: SimpleNamespace(locate_file=tmp_path.joinpath))
+    asked = Digits().data()
+    for one, other in ((found.train, asked.train), (found.test, asked.test)):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.targets, other.targets)
 
 
 def test_shape_classes_and_counts():
