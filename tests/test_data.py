@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainkit.data import Batches, Data, TensorSplit, fingerprint, order
-from trainkit.errors import DataError
+from trainkit.errors import DataError, RunError
 
 CPU = torch.device("cpu")
 
@@ -49,6 +49,31 @@ def test_decoded_splits_give_the_batches_of_those_in_memory(n, batch_size, shuff
     memory, decoded = Batches(in_memory(n), batch_size, CPU), Batches(Decoded(n), batch_size, CPU)
     start = min(start, len(memory))
     assert collected(decoded.iterate(indices, start)) == collected(memory.iterate(indices, start))
+
+
+@pytest.mark.parametrize(
+    ("error", "died"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), True),
+        (EOFError(), True),
+        (ConnectionResetError("Connection reset by peer"), True),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback"), False),
+        (EOFError("Caught EOFError in DataLoader worker process 0.\nOriginal Traceback"), False),
+        (RuntimeError("out of memory"), False),
+    ],
+)
+def test_a_dead_worker_is_told_from_an_error_that_one_reports(error, died):
+    class Loader:
+        num_workers = 2
+
+        def __iter__(self):
+            raise error
+
+    batches = Batches(Decoded(4), 2, CPU, workers=2)
+    batches._loader = Loader()
+    with pytest.raises(RunError if died else type(error)) as caught:
+        list(batches.iterate())
+    assert ("a process that decodes images died" in str(caught.value)) == died
 
 
 def test_workers_outlive_an_epoch_and_keep_the_order():

@@ -189,10 +189,13 @@ class Batches:
                 yield Batch(images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
         except DataError as error:  # a worker's comes with its traceback; the last line is what it said
             raise DataError(str(error).strip().splitlines()[-1].removeprefix("trainkit.errors.DataError: ")) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, ConnectionError) as error:  # an end of file where it died while it handed over
+            text = str(error)
+            ours = text.startswith("Caught ") or not self._loader.num_workers  # what reading an image raised
+            if ours or (isinstance(error, RuntimeError) and "DataLoader worker" not in text):
                 raise
-            raise RunError(f"a process that decodes images died: {str(error).splitlines()[0]}") from None
+            reason = text.splitlines()[0] if text else "its connection ended"
+            raise RunError(f"a process that decodes images died: {reason}") from None
 
     def close(self) -> None:
         """End the worker processes, if there are any; the next iteration starts new ones."""
