@@ -162,7 +162,7 @@ class Hooks:
         calls = [impl.call for impl in found]
 
         def fire(*args: Any) -> None:
-            called = -1
+            called = 0
             try:  # one for all: a step passes through here several times
                 for called, call in enumerate(calls):  # noqa: B007 - names the one that fails
                     call(*args)

@@ -191,8 +191,8 @@ class Batches:
             raise DataError(str(error).strip().splitlines()[-1].removeprefix("trainkit.errors.DataError: ")) from None
         except (RuntimeError, EOFError, ConnectionError) as error:  # an end of file where it died while it handed over
             text = str(error)
-            ours = text.startswith("Caught ") or not self._loader.num_workers  # what reading an image raised
-            if ours or (isinstance(error, RuntimeError) and "DataLoader worker" not in text):
+            reported = text.startswith("Caught ") or not self._loader.num_workers  # what reading an image raised
+            if reported or (isinstance(error, RuntimeError) and "DataLoader worker" not in text):
                 raise
             reason = text.splitlines()[0] if text else "its connection ended"
             raise RunError(f"a process that decodes images died: {reason}") from None

@@ -136,7 +136,7 @@ class Trainer:
             if not self.train_step(batch):
                 continue
             self.at_safe_point()
-            if run.stop_reason is not None or run.step == run.recipe.max_steps:
+            if self.stopping() or run.finished:
                 break
 
     def train_step(self, batch: Batch) -> bool:

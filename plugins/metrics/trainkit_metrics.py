@@ -15,7 +15,7 @@ from trainkit.plugin import hookimpl, plugin
 __all__ = ["Metrics"]
 
 
-#: Batches that wait on a processor to be added up together, which makes the small operations of a step next to free.
+#: Batches that wait on a processor to be added up together: so the small operations of a step cost half as much.
 WAITING = 64
 #: Values of an output from which it is added up at once: too many to keep, and worth operations of its own.
 LARGE = 2**14
@@ -65,9 +65,12 @@ class _Total:
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "_Total":
         """Continue on a device from what :meth:`state_dict` returned."""
         loss, correct = (state[name].to(device, copy=True) for name in ("loss", "correct"))
-        losses, *others = (part.to(device, copy=True) for part in state["waiting"] or torch.empty(3, 0))
-        waiting = zip(losses.unbind(), *(part.split(state["sizes"]) for part in others), strict=True)
-        return cls(loss, correct, state["images"], list(waiting), state["most"])
+        total = cls(loss, correct, state["images"], most=state["most"])
+        if state["waiting"]:
+            losses, outputs, targets = (part.to(device, copy=True) for part in state["waiting"])
+            sizes = state["sizes"]
+            total.waiting = [*zip(losses.unbind(), outputs.split(sizes), targets.split(sizes), strict=True)]
+        return total
 
 
 def _joined(batches: tuple[Tensor, ...]) -> Tensor:

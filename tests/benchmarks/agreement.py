@@ -19,9 +19,7 @@ from end_to_end import built
 from torch import Tensor
 
 from trainkit import Run, fit
-from trainkit.activation import Active, register
 from trainkit.plugin import hookimpl, plugin
-from trainkit.run import build_with
 
 PLAIN = ("plugins.channels_last=false", "plugins.autocast=false")
 
@@ -40,9 +38,8 @@ class Losses:
 
 def curve(recipe: str, root: str, steps: int, window: int, seed: int, *overrides: str) -> list[float]:
     """Return the mean loss of each window of steps."""
-    run = built(recipe, root, steps, f"seed={seed}", *overrides)
     losses = Losses()
-    run = build_with(run.recipe, register([*run.hooks.plugins.values(), Active("losses", losses)]))
+    run = built(recipe, root, steps, f"seed={seed}", *overrides, observer=losses)
     with tempfile.TemporaryDirectory() as folder:
         fit(run, folder, test_batches=1)
     print(f"{recipe}, seed {seed}, {' '.join(overrides) or 'fast'}: done", file=sys.stderr)

@@ -61,22 +61,23 @@ class Clock:
                 self.first = self.last
 
 
-def built(recipe_name: str, root: str, steps: int, *overrides: str) -> Run:
-    """Build a recipe for a number of steps."""
+def built(recipe_name: str, root: str, steps: int, *overrides: str, observer: Any = None) -> Run:
+    """Build a recipe for a number of steps, with one more plugin at its end."""
     drop = [f"plugins.{name}=false" for name in SKIPPED]
     where = [f"plugins.cifar10.root={root}"] if root else ["plugins.cifar10=false"]
     recipe = load_recipe(ROOT / "recipes" / f"{recipe_name}.yaml", [*drop, *where, f"max_steps={steps}", *overrides])
     hooks = activate(recipe)
     if not root:
         hooks = register([Active("images", RandomImages()), *hooks.plugins.values()])
+    if observer is not None:
+        hooks = register([*hooks.plugins.values(), Active("observer", observer)])
     return build_with(recipe, hooks)
 
 
 def trainkit_speed(recipe: str, root: str, steps: int) -> float:
     """Return training images a second of the recipe through the trainer."""
-    run = built(recipe, root, steps + 1)
     clock = Clock()
-    run = build_with(run.recipe, register([*run.hooks.plugins.values(), Active("clock", clock)]))
+    run = built(recipe, root, steps + 1, observer=clock)
     with tempfile.TemporaryDirectory() as folder:
         fit(run, folder, test_batches=1)
     return steps * run.recipe.batch_size / (clock.last - clock.first)

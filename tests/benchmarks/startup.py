@@ -40,12 +40,13 @@ def processor_seconds(command: Sequence[str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def wall_seconds(command: Sequence[str]) -> float:
-    """Return wall seconds of Python code with arguments, the first of which is a new folder."""
-    code, *others = command
+def wall_seconds(code: str, *arguments: str) -> float:
+    """Return wall seconds of Python code, whose first argument is a new folder."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code, folder, *others], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        subprocess.run(
+            [sys.executable, "-c", code, folder, *arguments], check=True, stdout=subprocess.DEVNULL, cwd=ROOT
+        )
         return time.perf_counter() - start
 
 
@@ -64,8 +65,8 @@ def main() -> None:
     )
     starts = alternate(
         {
-            "import torch, torchvision": lambda: wall_seconds(["import os, torch, torchvision; os._exit(0)"]),
-            "trainkit run, to its first step": lambda: wall_seconds([FIRST_STEP, str(recipe), *where]),
+            "import torch, torchvision": lambda: wall_seconds("import os, torch, torchvision; os._exit(0)"),
+            "trainkit run, to its first step": lambda: wall_seconds(FIRST_STEP, str(recipe), *where),
         },
         args.rounds,
     )
