@@ -68,8 +68,7 @@ class _Total:
         total = cls(loss, correct, state["images"], most=state["most"])
         if state["waiting"]:
             losses, outputs, targets = (part.to(device, copy=True) for part in state["waiting"])
-            sizes = state["sizes"]
-            total.waiting = [*zip(losses.unbind(), outputs.split(sizes), targets.split(sizes), strict=True)]
+            total.waiting = [*zip(losses, outputs.split(state["sizes"]), targets.split(state["sizes"]), strict=True)]
         return total
 
 
@@ -96,9 +95,7 @@ class Metrics:
     @hookimpl
     def fit_start(self, run: Run) -> None:
         """Move what a checkpoint brought to the device of the run."""
-        self._totals = {
-            split: _Total.from_state(total.state_dict(), run.device) for split, total in self._totals.items()
-        }
+        self._totals = {s: _Total.from_state(t.state_dict(), run.device) for s, t in self._totals.items()}
 
     @hookimpl
     def epoch_start(self) -> None:
