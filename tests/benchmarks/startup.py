@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -12,24 +13,21 @@ from pathlib import Path
 
 from common import ROOT, alternate, arguments, report, show
 
-#: All that ``trainkit run`` does before the first step, and no further.
-FIRST_STEP = """
-import os, sys
-from trainkit import fit, load_recipe
-from trainkit.activation import Active, activate, register
+#: A plugin that ends the process where the first step would begin, as an installed distribution.
+END = {
+    "end_at_first_step.py": """
+import os
 from trainkit.plugin import hookimpl, plugin
-from trainkit.run import build_with
 
 @plugin
 class End:
     @hookimpl
     def epoch_start(self):
         os._exit(0)
-
-folder, path, *overrides = sys.argv[1:]
-recipe = load_recipe(path, overrides)
-fit(build_with(recipe, register([*activate(recipe).plugins.values(), Active("end", End())])), folder)
-"""
+""",
+    "end_at_first_step-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: end-at-first-step\nVersion: 1\n",
+    "end_at_first_step-1.dist-info/entry_points.txt": "[trainkit.plugins]\nend = end_at_first_step:End\n",
+}
 
 
 def processor_seconds(command: Sequence[str]) -> float:
@@ -40,12 +38,18 @@ def processor_seconds(command: Sequence[str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def wall_seconds(code: str, *arguments: str) -> float:
-    """Return wall seconds of Python code, whose first argument is a new folder."""
+def wall_seconds(*command: str) -> float:
+    """Return wall seconds of a command of Python's; in the recipe of a run, the plugin ``end`` is installed."""
     with tempfile.TemporaryDirectory() as folder:
+        for name, text in END.items():
+            path = Path(folder, name)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        environment = {**os.environ, "PYTHONPATH": folder}
+        run_dir = ["--run-dir", str(Path(folder, "run"))] if "run" in command else []
         start = time.perf_counter()
         subprocess.run(
-            [sys.executable, "-c", code, folder, *arguments], check=True, stdout=subprocess.DEVNULL, cwd=ROOT
+            [sys.executable, *command, *run_dir], check=True, stdout=subprocess.DEVNULL, cwd=ROOT, env=environment
         )
         return time.perf_counter() - start
 
@@ -55,6 +59,7 @@ def main() -> None:
     args = arguments(__doc__, rounds=7, recipe="quickstart", root="")
     recipe = ROOT / "recipes" / f"{args.recipe}.yaml"
     where = [f"plugins.cifar10.root={Path(args.root).resolve()}"] if args.root else []
+    run = ["-m", "trainkit", "run", str(recipe), *where, "plugins.end={}"]
     commands = alternate(
         {
             "python -c pass": lambda: processor_seconds(["-c", "pass"]),
@@ -65,8 +70,8 @@ def main() -> None:
     )
     starts = alternate(
         {
-            "import torch, torchvision": lambda: wall_seconds("import os, torch, torchvision; os._exit(0)"),
-            "trainkit run, to its first step": lambda: wall_seconds(FIRST_STEP, str(recipe), *where),
+            "import torch, torchvision": lambda: wall_seconds("-c", "import os, torch, torchvision; os._exit(0)"),
+            "trainkit run, to its first step": lambda: wall_seconds(*run),
         },
         args.rounds,
     )

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from trainkit.cli.output import number, print_json, table, terminal
+from trainkit.cli.start import starting
 
 HELP = "Evaluate a run's checkpoint on the test split."
 EXAMPLES = """\
@@ -25,16 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build the run's recipe again, load its weights, evaluate."""
-    from trainkit.recipe import load_recipe
-    from trainkit.run import build
-    from trainkit.rundir import RunDir
-    from trainkit.trainer import evaluate
-
-    run_dir = RunDir(args.run_dir)
-    recipe = load_recipe(run_dir.recipe_path(), args.overrides)
-    state = run_dir.load_state(args.checkpoint)
     console = terminal(stderr=args.json)
-    built = build(recipe, console=console)
+    with starting():
+        from trainkit.recipe import load_recipe
+        from trainkit.run import build
+        from trainkit.rundir import RunDir
+        from trainkit.trainer import evaluate
+
+        run_dir = RunDir(args.run_dir)
+        recipe = load_recipe(run_dir.recipe_path(), args.overrides)
+        state = run_dir.load_state(args.checkpoint)
+        built = build(recipe, console=console)
     built.load_state_dict(state)
     metrics = evaluate(built)
     if args.json:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainkit.cli.output import printable, terminal
+from trainkit.cli.start import starting
 from trainkit.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
@@ -33,19 +34,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build the recipe again, check that nothing changed that matters, load, train."""
-    from trainkit.cli.run import train
-    from trainkit.recipe import load_recipe
-    from trainkit.run import build
-    from trainkit.rundir import RunDir
-    from trainkit.trainer import provenance
-
     console = terminal(stderr=args.json)
-    run_dir = RunDir(args.run_dir)
-    recipe = load_recipe(run_dir.recipe_path(), args.overrides)
-    state, notice = load_latest(run_dir)
-    if notice:
-        console.print(printable(notice), markup=False, highlight=False)
-    built = build(recipe, console=console)
+    with starting():
+        from trainkit.cli.run import train
+        from trainkit.recipe import load_recipe
+        from trainkit.run import build
+        from trainkit.rundir import RunDir
+        from trainkit.trainer import provenance
+
+        run_dir = RunDir(args.run_dir)
+        recipe = load_recipe(run_dir.recipe_path(), args.overrides)
+        state, notice = load_latest(run_dir)
+        if notice:
+            console.print(printable(notice), markup=False, highlight=False)
+        built = build(recipe, console=console)
     changes = differences(state, recipe, provenance(built))
     if changes and not args.allow_changes:
         raise RecipeError(

@@ -11,12 +11,12 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from trainkit.cli.output import number, print_json, printable, table, terminal
+from trainkit.cli.start import starting
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from trainkit.activation import Hooks, Instrument
-    from trainkit.recipe import Recipe
     from trainkit.run import Run
     from trainkit.trainer import Result
 
@@ -44,19 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, and print what was expected beside what was reached."""
-    from trainkit.recipe import load_recipe
-
-    overrides = [*args.overrides, *([f"seed={args.seed}"] if args.seed is not None else [])]
-    recipe = load_recipe(args.recipe, overrides)
-    console = terminal(stderr=args.json)
     profile: dict[tuple[str, str], float] = {}
-    instrument = _instrument(args, profile, console)
+    overrides = [*args.overrides, *([f"seed={args.seed}"] if args.seed is not None else [])]
+    console = terminal(stderr=args.json)
+    with starting():
+        from trainkit.recipe import load_recipe
+        from trainkit.run import build
+
+        recipe = load_recipe(args.recipe, [*overrides, *(["max_steps=2"] if args.dry_run else [])])
+        built = build(recipe, console=console, instrument=_instrument(args, profile, console))
     if args.dry_run:
-        return _dry_run(recipe, console, instrument, args.json)
-
-    from trainkit.run import build
-
-    built = build(recipe, console=console, instrument=instrument)
+        return _dry_run(built, as_json=args.json)
     code = train(built, args.run_dir, as_json=args.json)
     if args.profile:
         console.print(_profile_table(profile))
@@ -120,22 +118,18 @@ def _result_table(result: Result) -> Any:
     return table(["", "expected", "reached", "best"], rows, right=["expected", "reached", "best"])
 
 
-def _dry_run(recipe: Recipe, console: Console, instrument: Instrument | None, as_json: bool) -> int:
-    import attrs
-
-    from trainkit.run import build
+def _dry_run(trial: Run, *, as_json: bool) -> int:
     from trainkit.trainer import fit
 
-    trial = build(attrs.evolve(recipe, max_steps=2), console=console, instrument=instrument)
     with tempfile.TemporaryDirectory() as folder:
         result = fit(trial, folder, test_batches=1)
     order = hook_order(trial.hooks)
     if as_json:
         print_json({"hooks": order, "parameters": result.parameters, "steps": result.steps})
         return 0
-    console.print(table(["hook", "kind", "plugins, in call order"], [(h, k, ", ".join(p)) for h, k, p in order]))
+    trial.console.print(table(["hook", "kind", "plugins, in call order"], [(h, k, ", ".join(p)) for h, k, p in order]))
     images = ", ".join(f"{len(b.split):,} {split}" for split, b in trial.batches.items())
-    console.print(
+    trial.console.print(
         f"dry run passed on {trial.device}: {images} images, {number(result.parameters)} parameters, "
         f"{result.steps} steps and one test batch taken, nothing written",
         **PLAIN,
