@@ -57,12 +57,10 @@ def test_decoded_splits_give_the_batches_of_those_in_memory(n, batch_size, shuff
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), True),
         (EOFError(), True),
         (ConnectionResetError("Connection reset by peer"), True),
-        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback"), False),
-        (EOFError("Caught EOFError in DataLoader worker process 0.\nOriginal Traceback"), False),
         (RuntimeError("out of memory"), False),
     ],
 )
-def test_a_dead_worker_is_told_from_an_error_that_one_reports(error, died):
+def test_a_dead_worker_is_told_from_other_failures(error, died):
     class Loader:
         num_workers = 2
 
@@ -74,6 +72,40 @@ def test_a_dead_worker_is_told_from_an_error_that_one_reports(error, died):
     with pytest.raises(RunError if died else type(error)) as caught:
         list(batches.iterate())
     assert ("a process that decodes images died" in str(caught.value)) == died
+
+
+class Failing(Decoded):
+    def __init__(self, error):
+        super().__init__(4)
+        self.error = error
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (DataError("cat.png: cannot be decoded; replace it"), "cat.png: cannot be decoded; replace it"),
+        (ValueError("no such colour"), "reading images failed: ValueError: no such colour"),
+        (OSError(5, "Input/output error"), "reading images failed: OSError: [Errno 5] Input/output error"),
+        (EOFError("half an image\nof two"), "reading images failed: EOFError: half an image of two"),
+        (KeyError("cat"), "reading images failed: KeyError: 'cat'"),
+    ],
+)
+def test_an_error_of_a_worker_is_told_without_its_traceback(error, said):
+    with pytest.raises(DataError) as caught:
+        list(Batches(Failing(error), 2, CPU, workers=1).iterate())
+    assert str(caught.value) == said
+    assert "Original Traceback" in str(caught.value.__cause__)
+
+
+def test_an_error_in_this_process_stays_what_it_is():
+    error = ValueError("no such colour")
+    with pytest.raises(ValueError, match="no such colour") as caught:
+        list(Batches(Failing(error), 2, CPU).iterate())
+    assert caught.value is error
+    assert error.__cause__ is None
 
 
 def test_workers_outlive_an_epoch_and_keep_the_order():

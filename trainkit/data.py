@@ -4,6 +4,7 @@ A split is map-style: ``len(split)`` and ``split[i] -> (uint8 [C, H, W], int)``.
 device as a whole, and a batch of it is one indexing; any other split is decoded by the workers of a DataLoader.
 """
 
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -187,15 +188,15 @@ class Batches:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for images, targets in passing:
                 yield Batch(images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
-        except DataError as error:  # a worker's comes with its traceback; the last line is what it said
-            raise DataError(str(error).strip().splitlines()[-1].removeprefix("trainkit.errors.DataError: ")) from None
-        except (RuntimeError, EOFError, ConnectionError) as error:  # an end of file where it died while it handed over
-            text = str(error)
-            reported = text.startswith("Caught ") or not self._loader.num_workers  # what reading an image raised
-            if reported or (isinstance(error, RuntimeError) and "DataLoader worker" not in text):
+        except Exception as error:
+            if told := _from_worker(str(error)):
+                raise told from error
+            # an end of file or of a connection is what is seen of a worker that dies while it hands over a batch
+            died = isinstance(error, EOFError | ConnectionError) or "DataLoader worker" in str(error)
+            if not (died and self._loader.num_workers):
                 raise
-            reason = text.splitlines()[0] if text else "its connection ended"
-            raise RunError(f"a process that decodes images died: {reason}") from None
+            reason = str(error).partition("\n")[0] or "its connection ended"
+            raise RunError(f"a process that decodes images died: {reason}") from error
 
     def close(self) -> None:
         """End the worker processes, if there are any; the next iteration starts new ones."""
@@ -203,6 +204,15 @@ class Batches:
         if passing is not None:  # left to the interpreter's exit, they die of signals that it reports as errors
             passing._shutdown_workers()
             self._loader._iterator = None  # type: ignore[union-attr]
+
+
+def _from_worker(text: str) -> DataError | None:
+    """Return what a worker's error said without its traceback, or None where `text` is not that of a worker's error."""
+    if not text.startswith("Caught "):
+        return None
+    said = " ".join(re.split(r"^ .*\n", text, flags=re.MULTILINE)[-1].split())  # a traceback's lines are indented
+    own = said.removeprefix("trainkit.errors.DataError: ")
+    return DataError(own if own != said else f"reading images failed: {said}")
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
