@@ -1,4 +1,4 @@
-"""Steps on a device that is not the processor, on any machine: torch's meta device computes shapes and holds no data.
+"""Steps and tests on a device that is not the processor: torch's meta device, which holds no data, on any machine.
 
 Whatever would make a run wait for a GPU raises there: ``item()``, ``tolist()``, ``cpu()``, ``bool()``, ``nonzero()``, a
 mask as an index. Two mistakes that it lets pass are looked for in the operations themselves: tensors of two devices in
@@ -50,22 +50,25 @@ def train(monkeypatch, tmp_path):
     inside, reads = [], []
 
     def to_host(records):
-        assert not inside, "a read within a step"
+        assert not inside, "a read within a step or a test"
         reads.append(len(records))
         return [{k: 0.5 if isinstance(v, torch.Tensor) else v for k, v in record.items()} for record in records]
 
     for module in ("run", "trainer"):
         monkeypatch.setattr(f"trainkit.{module}.to_host", to_host)
-    step = Trainer.train_step
 
-    def watched(self, batch):
-        inside.append(True)
-        with Operations():
-            complete = step(self, batch)
-        inside.pop()
-        return complete
+    def watch(method):
+        def watched(*args):
+            inside.append(True)
+            with Operations():
+                result = method(*args)
+            inside.pop()
+            return result
 
-    monkeypatch.setattr(Trainer, "train_step", watched)
+        return watched
+
+    for name in ("train_step", "evaluate"):
+        monkeypatch.setattr(Trainer, name, watch(getattr(Trainer, name)))
 
     def start(run):
         result = fit(run, tmp_path / "run")
