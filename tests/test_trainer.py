@@ -430,6 +430,18 @@ def test_time_is_told_apart_by_what_it_was_spent_on(tmp_path, monkeypatch):
     assert result.images_per_second == round(32 / 0.012, 1)
 
 
+def test_what_a_gpu_still_does_after_a_pass_counts_as_that_pass(tmp_path, monkeypatch):
+    spender = Spender()
+    monkeypatch.setattr("trainkit.trainer.perf_counter", lambda: spender.now)
+    monkeypatch.setattr(torch.cuda, "default_generators", [torch.default_generator])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: spender.spend(0.5))  # once after either split
+    run = build_run({"spender": spender})
+    run.device = torch.device("cuda", 0)  # the tensors stay where they are
+    seconds = fit(run, tmp_path / "run").seconds
+    assert seconds["backward"] == 0.5
+    assert seconds["evaluation"] == 2 * (100 + 1000) + 0.5
+
+
 def test_splits_that_are_not_in_memory_train_too():
     class Lazy:
         def __len__(self):

@@ -187,6 +187,10 @@ class Run:
     def _load(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for p, values in self.optimizer.state.items():  # fused kernels walk memory: its layout must be the parameter's
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                    values[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
             schedule.scheduler.load_state_dict(saved)
         for name, saved in state["plugins"].items():
@@ -320,13 +324,12 @@ def _device(recipe: Recipe) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        return torch.empty(0, device=device).device  # with its number: `cuda` is the current GPU
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise RecipeError(
             f"{recipe.where}: device: {name!r} cannot be used: {reason}; `auto` takes what there is"
         ) from error
-    return device
 
 
 def _pipeline(run: Run, split: str) -> Pipeline:

@@ -1,6 +1,7 @@
 """The loop. It fires hooks and keeps counters; everything else is a plugin's.
 
-Nothing here waits for the device between the epochs' ends: no ``.item()``, no copy to the host, no list that grows.
+Nothing here waits for the device but the end of a pass over a split: no ``.item()``, no copy to the host, no list that
+grows.
 """
 
 from __future__ import annotations
@@ -138,6 +139,13 @@ class Trainer:
             self.at_safe_point()
             if self.stopping() or run.finished:
                 break
+        self.settle("backward")
+
+    def settle(self, part: str) -> None:
+        """Wait for a GPU, which may be steps behind, so that what it still does counts as this part."""
+        if self.run.device.type == "cuda":
+            torch.cuda.synchronize(self.run.device)
+        self.lap(part)
 
     def train_step(self, batch: Batch) -> bool:
         """Take one step; returns False while gradients are still being accumulated."""
@@ -226,7 +234,7 @@ class Trainer:
         finally:
             run.split = "train"
             model.train(was_training)
-        self.lap("evaluation")
+        self.settle("evaluation")
         return metrics
 
     def gather_metrics(self, split: str) -> dict[str, Tensor | float]:

@@ -151,7 +151,10 @@ class Pipeline:
         params: list[Params] = []
         for (name, step), arriving in zip(self.steps, self.sizes(size)[:-1], strict=True):
             draws = self._call(name, step.draw, stream(name), n, arriving)
-            params.append({k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in draws.items()})
+            tensors = {k: torch.from_numpy(v) for k, v in draws.items()}
+            if device.type == "cuda":  # from other memory than this, a copy of more than 64 KiB waits
+                tensors = {k: v.pin_memory() for k, v in tensors.items()}
+            params.append({k: v.to(device, non_blocking=True) for k, v in tensors.items()})
         return params
 
     def apply(self, images: Tensor, params: Sequence[Params]) -> Tensor:

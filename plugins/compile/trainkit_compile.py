@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException, Unsupported
+from torch._functorch import config as functorch
 
 from trainkit import Run
-from trainkit.errors import RunError
+from trainkit.errors import RecipeError, RunError
 from trainkit.plugin import hookimpl, plugin
 
 __all__ = ["Compile"]
@@ -32,6 +33,20 @@ class Compile:
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     dynamic: bool | None = None
     fullgraph: bool = False
+
+    @hookimpl
+    def fit_start(self, run: Run) -> None:
+        """Refuse what CUDA graphs cannot do.
+
+        Raises:
+            RecipeError: gradients of several batches are to be added up within the memory of a graph.
+        """
+        graphs = run.device.type == "cuda" and self.mode in ("reduce-overhead", "max-autotune")
+        if graphs and run.batches_per_step > 1:
+            raise RecipeError(
+                f"'mode': {self.mode} records CUDA graphs, which overwrite the gradients of one batch with the next, "
+                f"and this run adds up those of {run.batches_per_step}; set default or max-autotune-no-cudagraphs"
+            )
 
     @hookimpl
     def wrap_model(self, run: Run, model: nn.Module) -> nn.Module:
@@ -66,7 +81,8 @@ class _Compiled(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.compiled is not None:
             try:
-                return self.compiled(images)
+                with functorch.patch(force_non_lazy_backward_lowering=True):  # else a failure there shows in backward
+                    return self.compiled(images)
             except Unsupported as error:  # raised with fullgraph alone
                 reason = textwrap.shorten(str(error).partition("\n\n")[0], 300)
                 raise RunError(

@@ -65,7 +65,7 @@ class _Total:
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "_Total":
         """Continue on a device from what :meth:`state_dict` returned."""
         loss, correct = (state[name].to(device, copy=True) for name in ("loss", "correct"))
-        total = cls(loss, correct, state["images"], most=state["most"])
+        total = cls(loss, correct, state["images"], most=1 if device.type == "cuda" else state["most"])
         if state["waiting"]:
             losses, outputs, targets = (part.to(device, copy=True) for part in state["waiting"])
             total.waiting = [*zip(losses, outputs.split(state["sizes"]), targets.split(state["sizes"]), strict=True)]

@@ -77,7 +77,8 @@ class SqueezeExcitation(nn.Module):
         """Map [N, C, H, W] to [N, C, H, W]."""
         # A sum's gradient is an expanded view. That of torch's mean is a map, and in contiguous order: to write it and
         # to add it to channels_last ones takes a tenth of a step in a network with this in every block.
-        means = x.sum((2, 3)) / (x.shape[2] * x.shape[3])
+        # The dtype is said, or autocast would sum in float32 on a GPU and bring that map back.
+        means = x.sum((2, 3), dtype=x.dtype) / (x.shape[2] * x.shape[3])
         gate = torch.sigmoid(self.fc2(torch.relu(self.fc1(means))))
         return x * gate[:, :, None, None]
 

@@ -44,7 +44,9 @@ class SGD:
         """Return torch's optimizer, in its fastest form for these parameters."""
         # One fused kernel passes over memory once. None leaves the choice between the other forms to torch.
         fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params) or None
-        return torch.optim.SGD(
+        if self.momentum and self.dampening:
+            fused = None
+        optimizer = torch.optim.SGD(
             params,
             lr=self.lr,
             momentum=self.momentum,
@@ -53,3 +55,9 @@ class SGD:
             nesterov=self.nesterov,
             fused=fused,
         )
+        if fused and self.momentum:
+            # Its running sums begin as memory that is not initialised. The first step fills them, unless a gradient
+            # scaler has it left out. From 0 on they become the same, except with dampening: that spares the first step.
+            for p in params:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return optimizer

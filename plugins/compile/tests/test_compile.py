@@ -1,10 +1,13 @@
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
-from trainkit.errors import RunError
+from trainkit.errors import RecipeError, RunError
 from trainkit.plugin import hookimpl, plugin
 from trainkit.testing import build_run, parameters_of, run_steps
 from trainkit_compile import Compile
@@ -129,6 +132,26 @@ def test_a_failing_compiler_is_said_once_and_training_goes_on(compiled_by, capsy
     assert line.startswith(WARNING)
     assert "no compiler here" in line
     assert_same_run(run, run_steps({}, steps=8, epochs=2))
+
+
+def test_a_compiler_that_fails_at_the_backward_pass_is_said_and_training_goes_on(compiled_by, capsys):
+    def as_it_is(graph, inputs):
+        return make_boxed_func(graph.forward)
+
+    compiled_by(aot_autograd(fw_compiler=as_it_is, bw_compiler=Counting(limit=0)))
+    run = run_steps({"compile": Compile()}, steps=8, epochs=2)
+    assert capsys.readouterr().out.count(WARNING) == 1
+    assert_same_run(run, run_steps({}, steps=8, epochs=2))
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_graphs_that_overwrite_gradients_are_refused_where_several_batches_make_a_step(mode):
+    gpu, batches = torch.device("cuda"), SimpleNamespace(device=torch.device("cuda"), batches_per_step=4)
+    with pytest.raises(RecipeError, match=f"'mode': {mode} records CUDA graphs.*adds up those of 4; set default"):
+        Compile(mode=mode).fit_start(batches)
+    Compile(mode=mode).fit_start(SimpleNamespace(device=gpu, batches_per_step=1))
+    Compile(mode=mode).fit_start(SimpleNamespace(device=torch.device("cpu"), batches_per_step=4))
+    Compile(mode="max-autotune-no-cudagraphs").fit_start(batches)
 
 
 def test_a_python_that_torch_cannot_compile_is_said_and_training_goes_on(monkeypatch, capsys):

@@ -1,4 +1,5 @@
 import io
+import math
 
 import pytest
 import torch
@@ -86,6 +87,42 @@ def test_fused_form_is_right_in_channels_last_memory():
     plain = run_steps({"format": ChannelsLast(), "plain": Plain(options=USUAL)}, steps=4)
     assert not ours.model[0].weight.is_contiguous()
     torch.testing.assert_close(parameters_of(ours), parameters_of(plain), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [USUAL, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}])
+def test_a_first_step_that_a_gradient_scaler_leaves_out_leaves_nothing_behind(options):
+    param = torch.nn.Parameter(torch.randn(1000))
+    plain = torch.nn.Parameter(param.detach().clone())
+    optimizer, expected = SGD(**options).optimizer([param]), Plain(options=options).optimizer([plain])
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for value in (math.inf, 1.0, 2.0):
+        gradient = torch.full((1000,), value)
+        scaler.scale((param * gradient).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if math.isfinite(value):
+            plain.grad = gradient
+            expected.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(param, plain)
+
+
+@pytest.mark.parametrize("saved_in", [{}, {"format": ChannelsLast()}], ids=["contiguous", "channels_last"])
+def test_a_state_of_another_memory_format_means_the_same(saved_in, tmp_path):
+    """torch's fused kernels read the running sums in the order in which they lie in memory."""
+    file = io.BytesIO()
+    run_steps({**saved_in, "sgd": SGD(**USUAL), "save": Save(step=2, file=file)}, steps=3)
+    results = []
+    for fused in (True, False):
+        file.seek(0)
+        other = {} if saved_in else {"format": ChannelsLast()}
+        plugins = {**other, "sgd": SGD(**USUAL), "save": Save(step=-1, file=file)}
+        run = build_run(plugins, epochs=1000, max_steps=4)
+        run.load_state_dict(torch.load(file, weights_only=True))
+        run.optimizer.param_groups[0]["fused"] = fused
+        fit(run, tmp_path / str(fused))
+        results.append(parameters_of(run))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_no_fused_form_where_torch_has_none():
