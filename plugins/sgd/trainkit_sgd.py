@@ -42,8 +42,10 @@ class SGD:
     @hookimpl
     def optimizer(self, params: list[nn.Parameter]) -> torch.optim.SGD:
         """Return torch's optimizer, in its fastest form for these parameters."""
-        # One fused kernel passes over memory once. None leaves the choice between the other forms to torch.
-        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params) or None
+        # One fused kernel passes over memory once. None leaves the choice between the other forms to torch. That for
+        # processors computes something else from 16-bit parameters in torch 2.11.
+        exact = (torch.float32, torch.float64)
+        fused = all(p.device.type in ("cpu", "cuda") and p.dtype in exact for p in params) or None
         if self.momentum and self.dampening:
             fused = None
         optimizer = torch.optim.SGD(

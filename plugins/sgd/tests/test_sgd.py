@@ -76,7 +76,7 @@ def test_fused_form_computes_what_the_plain_one_does(dtype):
             optimizer.step()
         results.append((bool(optimizer.defaults["fused"]), [p.detach() for p in params]))
     (fused, ours), (not_fused, plain) = results
-    assert fused
+    assert fused is (dtype != torch.bfloat16)
     assert not not_fused
     tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(ours, plain, **tolerance)
