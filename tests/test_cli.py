@@ -42,6 +42,26 @@ def test_dry_run_checks_everything_and_leaves_nothing(small, trainkit):
     assert sorted(small.parent.iterdir()) == before
 
 
+def test_dry_run_checks_the_values_that_it_replaces(small, trainkit):
+    done = trainkit("run", small, "--dry-run", "max_steps=0")
+    assert done.returncode == 2
+    assert "'max_steps' must be > 0" in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_does_not_end_a_run(small):
+    command = [sys.executable, "-m", "trainkit", "run", str(small), "--run-dir", "out", "plugins.progress={}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert (process.wait(timeout=120), errors) == (0, "")
+    assert json.loads((small.parent / "out" / "result.json").read_text())["status"] == "completed"
+
+
+def test_a_command_whose_actions_come_from_plugins_explains_itself(capsys):
+    assert main(["runs", "--help"]) == 0
+    assert "actions: check, compare, list, show" in capsys.readouterr().out
+
+
 def test_json_is_the_only_thing_on_standard_output(small, trainkit):
     done = trainkit("run", small, "--json", "max_steps=1")
     result = json.loads(done.stdout)
@@ -64,7 +84,7 @@ def test_the_runs_own_recipe_runs_again_to_the_same_metrics(small, capsys):
         (["run", "small.yaml", "epoch=3"], 2, "epoch: unknown key; did you mean 'epochs'?"),
         (["run", "small.yaml", "plugins.sgd.lr=fast"], 2, "plugins.sgd.lr: Value 'fast'"),
         (["run", "small.yaml", "plugins.sgd.lr=-1"], 2, "plugins.sgd.lr: 'lr' must be >= 0"),
-        (["run", "small.yaml", "plugins.sdg={}"], 2, "plugins.sdg; did you mean 'sgd'?"),
+        (["run", "small.yaml", "plugins.sdg={}"], 2, "plugins.sdg: did you mean 'sgd'?"),
         (["run", "small.yaml", "plugins.sgd=false"], 2, "no plugin of the recipe provides 'optimizer'"),
         (["run", "small.yaml", "plugins.adam={}"], 2, "both provide it; drop one: `adam: false`"),
         (["run", "small.yaml", "plugins.multi_step_lr.milestones=[1]"], 2, "both claim 'lr_schedule'"),

@@ -78,7 +78,7 @@ def test_the_resolved_recipe_reads_back_equal(write):
         (MINIMAL + "x: &a [1]\ny: *a\n", "line 5: YAML aliases"),
         (MINIMAL + "x: !!python/object/apply:os.system [ls]\n", "line 4: YAML tag"),
         (MINIMAL + "x: " + "[" * 50 + "]" * 50, "nested deeper"),
-        (MINIMAL + "extends: nothing.yaml\n", "nothing.yaml: no such recipe"),
+        (MINIMAL + "extends: nothing.yaml\n", "r.yaml: extends: 'nothing.yaml' does not exist"),
         (MINIMAL + "extends: r.yaml\n", "circle"),
         (MINIMAL + "extends: ../r.yaml\n", "outside the recipe's own folder"),
         (MINIMAL + "extends: /etc/passwd\n", "outside the recipe's own folder"),

@@ -84,7 +84,7 @@ def test_missing_plugins_are_all_named_with_one_command(tmp_path, monkeypatch):
 
 def test_a_slip_in_a_name_gets_the_nearest_one(site):
     distribution(site, "acme-zebra", entries="zebra = x:X")
-    with pytest.raises(PluginError, match=r"plugins.zebar; did you mean 'zebra'\?"):
+    with pytest.raises(PluginError, match=r"plugins.zebar: did you mean 'zebra'\?"):
         find(recipe(zebar=None))
 
 

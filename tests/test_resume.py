@@ -148,13 +148,36 @@ def test_allowed_changes_are_recorded(small):
     assert main(["run", str(small), "--run-dir", "out", "epochs=1"]) == 0
     assert main(["resume", "out", "plugins.grad_clip={}", "epochs=2", "--allow-changes"]) == 0
     result = json.loads((small.parent / "out" / "result.json").read_text())
-    assert result["resumed"] == [{"epoch": 1, "step": 6, "changes": ["plugins.grad_clip was added"]}]
+    changes = ["plugins.grad_clip was added", "epochs was 1 and is 2"]
+    assert result["resumed"] == [{"epoch": 1, "step": 6, "changes": changes}]
     assert result["epochs"] == 2
 
 
-def test_more_epochs_extend_a_finished_run(small):
+@pytest.mark.parametrize("option", ["sgd.lr=0.2", "cosine_annealing_lr.eta_min=0.01"])
+def test_a_change_that_the_checkpoint_would_undo_is_never_recorded(small, capsys, option):
+    assert main(["run", str(small), "--run-dir", "out", "epochs=1"]) == 0
+    before = {p.name: p.read_bytes() for p in (small.parent / "out").glob("*.*")}
+    assert main(["resume", "out", f"plugins.{option}", "epochs=2", "--allow-changes"]) == 2
+    assert f"plugins.{option.partition('=')[0]} was" in (said := capsys.readouterr().err)
+    assert "would not reach them" in said
+    assert {p.name: p.read_bytes() for p in (small.parent / "out").glob("*.*")} == before
+
+
+@pytest.mark.parametrize("override", ["epochs=1", "plugins.grad_clip={}", "max_steps=3"])
+def test_a_finished_run_keeps_its_record(small, capsys, override):
+    assert main(["run", str(small), "--run-dir", "out"]) == 0
+    before = {p.name: p.read_bytes() for p in (small.parent / "out").glob("*.*")}
+    assert main(["resume", "out", override, "--allow-changes"]) == 2
+    assert "nothing is left to train: it has completed 2 epochs and 12 steps" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in (small.parent / "out").glob("*.*")} == before
+
+
+def test_more_epochs_extend_a_finished_run(small, capsys):
     assert main(["run", str(small), "--run-dir", "out"]) == 0
     assert main(["resume", "out", "epochs=4"]) == 0
+    assert "epochs was 2 and is 4: schedules keep the course that they began" in capsys.readouterr().out
+    result = json.loads((small.parent / "out" / "result.json").read_text())
+    assert result["resumed"] == [{"epoch": 2, "step": 12, "changes": ["epochs was 2 and is 4"]}]
     rows = [json.loads(line) for line in (small.parent / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in rows if "test_loss" in r] == [1, 2, 3, 4]
 

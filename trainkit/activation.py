@@ -50,7 +50,8 @@ class Active:
         """Return the error that names the plugin and its distribution for whatever it raised."""
         if isinstance(error, TrainkitError):  # the plugin said what is wrong itself
             return type(error)(f"{self}, {where}: {error}")
-        return kind(f"{self} failed in {where}: {type(error).__name__}: {error}")
+        said = " ".join(str(error).split())  # one paragraph
+        return kind(f"{self} failed in {where}: {type(error).__name__}{said and f': {said}'}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the plugin's own state."""
@@ -248,12 +249,7 @@ def activate(recipe: Recipe, instrument: Instrument | None = None) -> Hooks:
     """
     actives = []
     for name, found in find(recipe).items():
-        cls = found.load()
-        if not (inspect.isclass(cls) and attrs.has(cls)):
-            raise PluginError(
-                f"plugin {name!r} ({found.distribution} {found.version}): {found.value} is not a class "
-                "decorated with @plugin"
-            )
+        cls = load_class(found)
         try:
             actives.append(Active(name, make_options(recipe, name, cls), found))
         except TrainkitError:
@@ -261,6 +257,21 @@ def activate(recipe: Recipe, instrument: Instrument | None = None) -> Hooks:
         except Exception as error:
             raise Active(name, None, found).failed("its construction", error, PluginError) from error
     return register(actives, recipe.where, instrument)
+
+
+def load_class(found: Installed) -> type:
+    """Import a plugin's class.
+
+    Raises:
+        PluginError: it cannot be imported, or is no plugin.
+    """
+    cls = found.load()
+    if not (inspect.isclass(cls) and attrs.has(cls)):
+        raise PluginError(
+            f"plugin {found.name!r} ({found.distribution} {found.version}): {found.value} is not a class "
+            "decorated with @plugin"
+        )
+    return cls
 
 
 def register(actives: Iterable[Active], where: str = "", instrument: Instrument | None = None) -> Hooks:

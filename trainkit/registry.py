@@ -43,7 +43,7 @@ class Installed:
         """
         try:
             return self.entry_point.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
                 f"plugin {self.name!r} ({self.distribution} {self.version}) failed at import of {self.value}: "
                 f"{type(error).__name__}: {error}; reinstall {self.distribution}, or drop it: `{self.name}: false`"
@@ -141,7 +141,7 @@ def missing_hint(recipe: Recipe, missing: list[str], have: dict[str, list[Instal
         parts.append(
             _plural("plugin", unknown) + " not to be found in this checkout's plugins/ or the recipe's `requires`; "
             "correct the name, or add the requirement that provides it to `requires`"
-            + "".join(f"; plugins.{name}{near}" for name in unknown if (near := did_you_mean(name, have)))
+            + "".join(f"; plugins.{name}: {near[2:]}" for name in unknown if (near := did_you_mean(name, have)))
         )
     return "; ".join(parts)
 

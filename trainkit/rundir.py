@@ -166,9 +166,9 @@ class RunDir:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise CheckpointError(
-                f"{path}: no checkpoint: {error.strerror}; a run saves them when its recipe lists a plugin that does"
-            ) from error
+            others = ", ".join(sorted(p.name for p in path.parent.glob("*.pt")))
+            cure = f"there are {others}" if others else "a run saves them when its recipe lists a plugin that does"
+            raise CheckpointError(f"{path}: no checkpoint: {error.strerror}; {cure}") from error
         body, digest = data[:-DIGEST_SIZE], data[-DIGEST_SIZE:]
         if blake2b(body, digest_size=DIGEST_SIZE).digest() != digest:
             raise CheckpointError(f"{path}: damaged: its checksum does not match its {len(data):,} bytes")

@@ -31,7 +31,6 @@ class _Command(NamedTuple):
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(self, args: argparse.Namespace) -> int:
-
         broken: list[str] = []  # a line for each file that cannot be read
         document, tables = self.look(args.folders, broken)
         if args.json:
@@ -124,7 +123,9 @@ def _results(run: dict[str, Any]) -> dict[str, Any]:
 
 def _sources(run: dict[str, Any]) -> dict[str, Any]:
     plugins = {"order": list(run["plugins.lock.json"]), **run["plugins.lock.json"]}
-    return _flat({**run["recipe.yaml"], "plugins": plugins, "environment": run["environment.json"]})
+    changes = [change for resumed in run["result.json"].get("resumed", []) for change in resumed["changes"]]
+    made = {"plugins": plugins, "environment": run["environment.json"], "resumed": changes}
+    return _flat({**run["recipe.yaml"], **made})
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

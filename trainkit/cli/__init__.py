@@ -65,8 +65,12 @@ def _dispatch(argv: list[str]) -> int:
     two_words = f"{first}.{argv[1]}" if len(argv) > 1 else ""
     if two_words in installed(COMMANDS):  # `trainkit plugins new`: an action that a plugin adds to a command
         first, argv = two_words, argv[1:]
+    if first not in BUILT_IN and argv[1:2] in (["-h"], ["--help"]) and (actions := _actions(first)):
+        print(f"usage: trainkit {first} ACTION ...\n\nactions: {', '.join(actions)}\n")
+        print(f"`trainkit {first} ACTION --help` explains each.")
+        return 0
     command = _command(first)
-    more = ", ".join(name.removeprefix(f"{first}.") for name in installed(COMMANDS) if name.startswith(f"{first}."))
+    more = ", ".join(_actions(first))
     parser = argparse.ArgumentParser(
         prog=f"trainkit {first.replace('.', ' ')}",
         description=command.HELP + (f"\n\nactions that plugins add: {more}" if more else ""),
@@ -84,11 +88,16 @@ def _dispatch(argv: list[str]) -> int:
     return code
 
 
+def _actions(name: str) -> list[str]:
+    """Return the actions that plugins add to a command."""
+    return [action.removeprefix(f"{name}.") for action in installed(COMMANDS) if action.startswith(f"{name}.")]
+
+
 def _command(name: str) -> Any:
     if name in BUILT_IN:
         return import_module(f"trainkit.cli.{name}")
     extra = installed(COMMANDS)
-    if actions := [a.removeprefix(f"{name}.") for a in extra if a.startswith(f"{name}.")]:
+    if actions := _actions(name):
         raise UsageError(f"`trainkit {name}` needs an action: {', '.join(actions)}")
     if name not in extra:
         near = did_you_mean(name, [*BUILT_IN, *extra]) or "; `trainkit --help` lists what there is"

@@ -37,8 +37,14 @@ def terminal(*, stderr: bool = False) -> Console:
     """Return where commands print for people; a pipe or a file gets lines of 120 characters."""
     from rich.console import Console
 
-    made = Console(stderr=stderr)
-    return made if made.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, width=120)
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            """Go on without a reader, such as `head`, that has seen enough: rich would end the run."""
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+    made = Terminal(stderr=stderr)
+    return made if made.is_terminal or "COLUMNS" in os.environ else Terminal(stderr=stderr, width=120)
 
 
 def number(value: float | None) -> str:

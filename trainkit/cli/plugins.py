@@ -59,7 +59,7 @@ def _show(name: str, as_json: bool) -> int:
         near = did_you_mean(name, have) or "; `trainkit plugins list` shows what is installed"
         raise PluginError(f"no plugin {name!r} is installed{near}")
     record = have[name][0]
-    facts = {**_facts(record), **_describe(record.load())}
+    facts = {**_facts(record), **_describe(record)}
     if as_json:
         print_json(facts)
         return 0
@@ -75,13 +75,14 @@ def _show(name: str, as_json: bool) -> int:
     return 0
 
 
-def _describe(cls: Any) -> dict[str, Any]:
+def _describe(record: Installed) -> dict[str, Any]:
     import inspect
 
     import attrs
 
-    from trainkit.activation import declared
+    from trainkit.activation import declared, load_class
 
+    cls = load_class(record)
     hooks = [name for name, value in inspect.getmembers(cls) if hasattr(value, "trainkit_impl")]
     options = [
         {"name": f.alias, "type": _type_name(f.type), "default": _default(f.default)}

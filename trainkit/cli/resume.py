@@ -13,6 +13,7 @@ from trainkit.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
     from trainkit.recipe import Recipe
+    from trainkit.run import Run
     from trainkit.rundir import RunDir
 
 HELP = "Continue a run from its last checkpoint, exactly."
@@ -21,7 +22,8 @@ examples:
   trainkit resume runs/basic_se/20260101-120000-0
   trainkit resume runs/basic_se/20260101-120000-0 epochs=300
 """
-MAY_CHANGE = {"name", "description", "source", "epochs", "max_steps", "expect", "requires", "plugins"}
+LENGTH = ("epochs", "max_steps")
+MAY_CHANGE = {"name", "description", "source", *LENGTH, "expect", "requires", "plugins"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,10 +55,35 @@ def run(args: argparse.Namespace) -> int:
         raise RecipeError(
             f"{args.run_dir}: would not continue exactly: {'; '.join(changes)}; undo that, or pass --allow-changes"
         )
+    refuse_what_the_checkpoint_decides(built, changes)
     built.load_state_dict(state)
-    built.resumed.append({"epoch": built.epoch, "step": built.step, "changes": changes})
+    if built.finished and args.overrides:
+        raise RecipeError(
+            f"{args.run_dir}: nothing is left to train: it has completed {built.epoch} epochs and {built.step} steps; "
+            "give more epochs, or more max_steps"
+        )
+    before, after = ({k: plain.get(k) for k in LENGTH} for plain in (state["recipe"], recipe.to_dict()))
+    longer = _changed("", before, after)
+    if longer and built.schedules:
+        note = f"{'; '.join(longer)}: schedules keep the course that they began; a new run of that length would differ"
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    built.resumed.append({"epoch": built.epoch, "step": built.step, "changes": changes + longer})
     built.dir = run_dir
     return train(built, as_json=args.json)
+
+
+def refuse_what_the_checkpoint_decides(run: Run, changes: list[str]) -> None:
+    """Refuse changes that would be recorded and have no effect, whatever is allowed.
+
+    Raises:
+        RecipeError: options of the optimizer or of a schedule differ; their values are part of the saved state.
+    """
+    providers = {i.active.name for hook in ("optimizer", "scheduler") for i in run.hooks.implementations(hook)}
+    if void := [change for change in changes if change.startswith(tuple(f"plugins.{name}." for name in providers))]:
+        raise RecipeError(
+            f"{run.recipe.where}: {'; '.join(void)}: the checkpoint holds the optimizer and its schedules with the "
+            "values they had, and a change would not reach them; undo it, or start a new run"
+        )
 
 
 def load_latest(run_dir: RunDir) -> tuple[dict[str, Any], str]:

@@ -48,10 +48,14 @@ def run(args: argparse.Namespace) -> int:
     overrides = [*args.overrides, *([f"seed={args.seed}"] if args.seed is not None else [])]
     console = terminal(stderr=args.json)
     with starting():
+        import attrs
+
         from trainkit.recipe import load_recipe
         from trainkit.run import build
 
-        recipe = load_recipe(args.recipe, [*overrides, *(["max_steps=2"] if args.dry_run else [])])
+        recipe = load_recipe(args.recipe, overrides)
+        if args.dry_run:
+            recipe = attrs.evolve(recipe, max_steps=2)
         built = build(recipe, console=console, instrument=_instrument(args, profile, console))
     if args.dry_run:
         return _dry_run(built, as_json=args.json)
@@ -84,7 +88,7 @@ def _report(result: Result, console: Console, *, as_json: bool) -> None:
         print_json({**result.to_dict(), "run_dir": str(result.path)})
     else:
         console.print(_result_table(result))
-        speed = f", {number(result.images_per_second)} images/s" if result.images_per_second else ""
+        speed = f", {result.images_per_second:,.0f} images/s" if result.images_per_second else ""
         console.print(f"{result.status} in {result.seconds['total']:.1f} s{speed}", highlight=False)
         assert result.path is not None
         pictures = sorted(p for p in (result.path / "figures").glob("*.png"))
