@@ -48,6 +48,13 @@ def test_dry_run_checks_the_values_that_it_replaces(small, trainkit):
     assert "'max_steps' must be > 0" in done.stderr
 
 
+def test_dry_run_knows_what_the_recipe_will_report(small, capsys):
+    assert main(["run", str(small), "--dry-run", "expect={test_acuracy: 90, parameters: 398, train_loss: 1}"]) == 2
+    assert (
+        "small.yaml: expect.test_acuracy: no plugin of the recipe reports it; did you mean" in capsys.readouterr().err
+    )
+
+
 def test_a_reader_that_has_seen_enough_does_not_end_a_run(small):
     command = [sys.executable, "-m", "trainkit", "run", str(small), "--run-dir", "out", "plugins.progress={}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainkit.cli.output import number, print_json, printable, table, terminal
 from trainkit.cli.start import starting
+from trainkit.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,6 +128,11 @@ def _dry_run(trial: Run, *, as_json: bool) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         result = fit(trial, folder, test_batches=1)
+    reported = ["parameters", *result.final]
+    for name in result.expected:
+        if name not in reported:
+            near = did_you_mean(name, reported) or f"; reported are {', '.join(reported)}"
+            raise RecipeError(f"{trial.recipe.where}: expect.{name}: no plugin of the recipe reports it{near}")
     order = hook_order(trial.hooks)
     if as_json:
         print_json({"hooks": order, "parameters": result.parameters, "steps": result.steps})
