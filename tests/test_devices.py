@@ -95,7 +95,7 @@ class Images:
         return made_data(n=16, classes=10, size=32)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "basic_se", "dense_shared"])
+@pytest.mark.parametrize("name", [path.stem for path in sorted(RECIPES.glob("[!_]*.yaml"))])
 def test_a_recipe_reads_the_device_only_with_its_records(name, train):
     overrides = ["device=meta", "epochs=1", "max_steps=2", "batch_size=8"]
     recipe = load_recipe(RECIPES / f"{name}.yaml", overrides)

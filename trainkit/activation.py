@@ -50,8 +50,8 @@ class Active:
         """Return the error that names the plugin and its distribution for whatever it raised."""
         if isinstance(error, TrainkitError):  # the plugin said what is wrong itself
             return type(error)(f"{self}, {where}: {error}")
-        said = " ".join(str(error).split())  # one paragraph
-        return kind(f"{self} failed in {where}: {type(error).__name__}{said and f': {said}'}")
+        said = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")  # one paragraph
+        return kind(f"{self} failed in {where}: {said}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the plugin's own state."""

@@ -196,7 +196,7 @@ def _read_with_bases(path: Path, root: Path, seen: tuple[Path, ...]) -> dict[str
     target = path.parent / base
     if "\0" in base or not target.resolve().is_relative_to(root.resolve()):
         raise RecipeError(f"{path}: extends: {base!r} lies outside the recipe's own folder; copy it there")
-    if not target.is_file():
+    if not target.exists():
         near = did_you_mean(
             target.name, sorted(p.name for p in target.parent.glob("*.yaml") if p.resolve() != resolved)
         )

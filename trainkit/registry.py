@@ -141,7 +141,9 @@ def missing_hint(recipe: Recipe, missing: list[str], have: dict[str, list[Instal
         parts.append(
             _plural("plugin", unknown) + " not to be found in this checkout's plugins/ or the recipe's `requires`; "
             "correct the name, or add the requirement that provides it to `requires`"
-            + "".join(f"; plugins.{name}: {near[2:]}" for name in unknown if (near := did_you_mean(name, have)))
+            + "".join(
+                f"; plugins.{name}: {near.removeprefix('; ')}" for name in unknown if (near := did_you_mean(name, have))
+            )
         )
     return "; ".join(parts)
 

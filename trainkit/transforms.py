@@ -151,10 +151,7 @@ class Pipeline:
         params: list[Params] = []
         for (name, step), arriving in zip(self.steps, self.sizes(size)[:-1], strict=True):
             draws = self._call(name, step.draw, stream(name), n, arriving)
-            tensors = {k: torch.from_numpy(v) for k, v in draws.items()}
-            if device.type == "cuda":  # from other memory than this, a copy of more than 64 KiB waits
-                tensors = {k: v.pin_memory() for k, v in tensors.items()}
-            params.append({k: v.to(device, non_blocking=True) for k, v in tensors.items()})
+            params.append({k: _sent(v, device) for k, v in draws.items()})
         return params
 
     def apply(self, images: Tensor, params: Sequence[Params]) -> Tensor:
@@ -214,6 +211,13 @@ def gather(images: Tensor, steps: Sequence[tuple[Gather, Params]]) -> Tensor:
     index = index.to(torch.int64).expand(n, out_height, out_width).reshape(n, 1, -1).expand(n, channels, -1)
     framed = F.pad(images, (1, 1, 1, 1)).reshape(n, channels, -1)
     return framed.gather(2, index).view(n, channels, out_height, out_width)
+
+
+def _sent(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":  # from other memory than this, a copy of more than 64 KiB waits
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _within(position: Tensor, length: int) -> Tensor:

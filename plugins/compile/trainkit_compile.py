@@ -77,11 +77,13 @@ class _Compiled(nn.Module):
         self.model = model
         self.compiled: Callable[..., Tensor] | None = compiled
         self.warn = warn
+        # The backward pass is compiled with the forward pass: amid a backward pass it could not fail safely.
+        self.at_once = functorch.patch(force_non_lazy_backward_lowering=True)
 
     def forward(self, images: Tensor) -> Tensor:
         if self.compiled is not None:
             try:
-                with functorch.patch(force_non_lazy_backward_lowering=True):  # else a failure there shows in backward
+                with self.at_once:
                     return self.compiled(images)
             except Unsupported as error:  # raised with fullgraph alone
                 reason = textwrap.shorten(str(error).partition("\n\n")[0], 300)

@@ -42,12 +42,10 @@ class SGD:
     @hookimpl
     def optimizer(self, params: list[nn.Parameter]) -> torch.optim.SGD:
         """Return torch's optimizer, in its fastest form for these parameters."""
-        # One fused kernel passes over memory once. None leaves the choice between the other forms to torch. That for
-        # processors computes something else from 16-bit parameters in torch 2.11.
+        # The fused kernel passes over memory once. None leaves the choice between the other forms to torch: where torch
+        # has no such kernel, where it is wrong (16 bits on a processor, torch 2.11), or could not start as below.
         exact = (torch.float32, torch.float64)
-        fused = all(p.device.type in ("cpu", "cuda") and p.dtype in exact for p in params) or None
-        if self.momentum and self.dampening:
-            fused = None
+        fused = not self.dampening and all(p.device.type in ("cpu", "cuda") and p.dtype in exact for p in params)
         optimizer = torch.optim.SGD(
             params,
             lr=self.lr,
@@ -55,7 +53,7 @@ class SGD:
             dampening=self.dampening,
             weight_decay=self.weight_decay,
             nesterov=self.nesterov,
-            fused=fused,
+            fused=fused or None,
         )
         if fused and self.momentum:
             # Its running sums begin as memory that is not initialised. The first step fills them, unless a gradient

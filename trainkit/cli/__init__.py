@@ -65,12 +65,13 @@ def _dispatch(argv: list[str]) -> int:
     two_words = f"{first}.{argv[1]}" if len(argv) > 1 else ""
     if two_words in installed(COMMANDS):  # `trainkit plugins new`: an action that a plugin adds to a command
         first, argv = two_words, argv[1:]
-    if first not in BUILT_IN and argv[1:2] in (["-h"], ["--help"]) and (actions := _actions(first)):
-        print(f"usage: trainkit {first} ACTION ...\n\nactions: {', '.join(actions)}\n")
-        print(f"`trainkit {first} ACTION --help` explains each.")
+    more = ", ".join(_actions(first))
+    if more and first not in BUILT_IN and argv[1:2] in (["-h"], ["--help"]):  # nothing but the actions of plugins
+        print(
+            f"usage: trainkit {first} ACTION ...\n\nactions: {more}\n\n`trainkit {first} ACTION --help` explains each."
+        )
         return 0
     command = _command(first)
-    more = ", ".join(_actions(first))
     parser = argparse.ArgumentParser(
         prog=f"trainkit {first.replace('.', ' ')}",
         description=command.HELP + (f"\n\nactions that plugins add: {more}" if more else ""),

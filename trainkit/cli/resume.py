@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise RecipeError(
             f"{args.run_dir}: would not continue exactly: {'; '.join(changes)}; undo that, or pass --allow-changes"
         )
-    refuse_what_the_checkpoint_decides(built, changes)
+    _refuse_void(built, changes)
     built.load_state_dict(state)
     if built.finished and args.overrides:
         raise RecipeError(
@@ -63,27 +63,13 @@ def run(args: argparse.Namespace) -> int:
             "give more epochs, or more max_steps"
         )
     before, after = ({k: plain.get(k) for k in LENGTH} for plain in (state["recipe"], recipe.to_dict()))
-    longer = _changed("", before, after)
-    if longer and built.schedules:
-        note = f"{'; '.join(longer)}: schedules keep the course that they began; a new run of that length would differ"
+    length = _changed("", before, after)
+    if length and built.schedules:
+        note = f"{'; '.join(length)}: schedules keep the course that they began; a new run of that length may differ"
         console.print(note, markup=False, highlight=False, soft_wrap=True)
-    built.resumed.append({"epoch": built.epoch, "step": built.step, "changes": changes + longer})
+    built.resumed.append({"epoch": built.epoch, "step": built.step, "changes": changes + length})
     built.dir = run_dir
     return train(built, as_json=args.json)
-
-
-def refuse_what_the_checkpoint_decides(run: Run, changes: list[str]) -> None:
-    """Refuse changes that would be recorded and have no effect, whatever is allowed.
-
-    Raises:
-        RecipeError: options of the optimizer or of a schedule differ; their values are part of the saved state.
-    """
-    providers = {i.active.name for hook in ("optimizer", "scheduler") for i in run.hooks.implementations(hook)}
-    if void := [change for change in changes if change.startswith(tuple(f"plugins.{name}." for name in providers))]:
-        raise RecipeError(
-            f"{run.recipe.where}: {'; '.join(void)}: the checkpoint holds the optimizer and its schedules with the "
-            "values they had, and a change would not reach them; undo it, or start a new run"
-        )
 
 
 def load_latest(run_dir: RunDir) -> tuple[dict[str, Any], str]:
@@ -118,6 +104,20 @@ def differences(state: Mapping[str, Any], recipe: Recipe, now: Mapping[str, Any]
     for key in ("threads", "device"):
         found += _changed("", {key: then_env[key]}, {key: now_env[key]})
     return found
+
+
+def _refuse_void(run: Run, changes: list[str]) -> None:
+    """Refuse changes that would be recorded and have no effect, whatever is allowed.
+
+    Raises:
+        RecipeError: options of the optimizer or of a schedule differ; their values are part of the saved state.
+    """
+    providers = {i.active.name for hook in ("optimizer", "scheduler") for i in run.hooks.implementations(hook)}
+    if void := [change for change in changes if change.startswith(tuple(f"plugins.{name}." for name in providers))]:
+        raise RecipeError(
+            f"{run.recipe.where}: {'; '.join(void)}: the checkpoint holds the optimizer and its schedules with the "
+            "values they had, and a change would not reach them; undo it, or start a new run"
+        )
 
 
 def _changed(
