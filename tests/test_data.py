@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainkit.data import Batches, Data, TensorSplit, fingerprint, order
+from trainkit.data import Batches, Data, TensorSplit, epoch_permutation, fingerprint
 from trainkit.errors import DataError, RunError
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def collected(batches):
 @given(st.integers(1, 40), st.integers(1, 15), st.data())
 def test_batches_from_any_position_are_the_rest_of_all_batches(n, batch_size, data):
     batches = Batches(in_memory(n), batch_size, CPU)
-    indices = order(0, 0, n)
+    indices = epoch_permutation(0, 0, n)
     everything = collected(batches.iterate(indices))
     assert len(everything) == len(batches)
     assert sum(len(targets) for _, targets in everything) == n
@@ -45,7 +45,7 @@ def test_batches_from_any_position_are_the_rest_of_all_batches(n, batch_size, da
 @settings(max_examples=25)
 @given(st.integers(1, 30), st.integers(1, 12), st.booleans(), st.integers(0, 3))
 def test_decoded_splits_give_the_batches_of_those_in_memory(n, batch_size, shuffled, start):
-    indices = order(1, 2, n) if shuffled else None
+    indices = epoch_permutation(1, 2, n) if shuffled else None
     memory, decoded = Batches(in_memory(n), batch_size, CPU), Batches(Decoded(n), batch_size, CPU)
     start = min(start, len(memory))
     assert collected(decoded.iterate(indices, start)) == collected(memory.iterate(indices, start))
@@ -111,16 +111,16 @@ def test_an_error_in_this_process_stays_what_it_is():
 def test_workers_outlive_an_epoch_and_keep_the_order():
     batches = Batches(Decoded(23), 5, CPU, workers=2)
     for epoch in range(2):
-        indices = order(0, epoch, 23)
+        indices = epoch_permutation(0, epoch, 23)
         assert [t for b in batches.iterate(indices) for t in b.images[:, 0, 0, 0].tolist()] == indices.tolist()
 
 
 @given(st.integers(0, 1000), st.integers(0, 1000), st.integers(1, 200))
 def test_order_is_a_permutation_and_a_function_of_seed_and_epoch(seed, epoch, n):
-    assert sorted(order(seed, epoch, n).tolist()) == list(range(n))
-    assert torch.equal(order(seed, epoch, n), order(seed, epoch, n))
+    assert sorted(epoch_permutation(seed, epoch, n).tolist()) == list(range(n))
+    assert torch.equal(epoch_permutation(seed, epoch, n), epoch_permutation(seed, epoch, n))
     if n > 30:
-        assert not torch.equal(order(seed, epoch, n), order(seed, epoch + 1, n))
+        assert not torch.equal(epoch_permutation(seed, epoch, n), epoch_permutation(seed, epoch + 1, n))
 
 
 def test_fingerprint_sees_every_pixel_and_target():

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trainkit import Data, TrainkitError, fit, load_recipe
-from trainkit.activation import Active, activate, register
+from trainkit.hooks import LoadedPlugin, load_plugins, register
 from trainkit.plugin import hookimpl, plugin
 from trainkit.run import build_with
-from trainkit.testing import build_run, made_data
+from trainkit.testing import build_run, fake_data
 from trainkit.trainer import Trainer
 
 from .test_plugins import BESIDE, NOT_HERE, OPTIONS, PLUGINS, load, recipe_lines
@@ -92,22 +92,22 @@ class Images:
 
     @hookimpl
     def data(self):
-        return made_data(n=16, classes=10, size=32)
+        return fake_data(n=16, classes=10, size=32)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(RECIPES.glob("[!_]*.yaml"))])
 def test_a_recipe_reads_the_device_only_with_its_records(name, train):
     overrides = ["device=meta", "epochs=1", "max_steps=2", "batch_size=8"]
     recipe = load_recipe(RECIPES / f"{name}.yaml", overrides)
-    plugins = activate(recipe).plugins
+    plugins = load_plugins(recipe).plugins
     if "cifar10" in plugins:
-        plugins = {**plugins, "cifar10": Active("cifar10", Images())}
+        plugins = {**plugins, "cifar10": LoadedPlugin("cifar10", Images())}
     reads = train(build_with(recipe, register(plugins.values())))
     assert sum(reads) == 1  # the record of the epoch
 
 
 def test_images_that_workers_decode_reach_the_device(train):
-    data = made_data(n=16)
+    data = fake_data(n=16)
 
     class Decoded:
         def __len__(self):

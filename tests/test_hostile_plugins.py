@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from trainkit import Schedule, __version__, build, fit
-from trainkit.activation import Active, register
 from trainkit.errors import PluginError, RunError, TrainkitError
+from trainkit.hooks import LoadedPlugin, register
 from trainkit.hookspecs import PHASES, Build
 from trainkit.plugin import hookimpl, plugin
 from trainkit.recipe import Recipe, from_dict
@@ -42,7 +42,7 @@ def plugin_with(**hooks):
 def build_hostile(instance, **recipe):
     """Build a tiny run with an instance as the plugin of an installed distribution."""
     parts = [a for name, a in build_run({}).hooks.plugins.items() if not hasattr(instance, name.partition("_")[2])]
-    hostile = Active("hostile", instance, installed("hostile", "acme-hostile", "1.2"))
+    hostile = LoadedPlugin("hostile", instance, installed("hostile", "acme-hostile", "1.2"))
     keys = {"name": "tiny", "epochs": 1, "batch_size": 8, "device": "cpu", **recipe}
     return build_with(Recipe(**keys), register([*parts, hostile]))
 
@@ -119,7 +119,7 @@ def test_a_misspelt_hook(hook):
 def test_a_second_provider(hook):
     pair = [("hostile", "acme-hostile", "1.2"), ("other", "acme-other", "2.0")]
     with pytest.raises(PluginError) as caught:
-        register([Active(origin[0], plugin_with(**{hook: fail}), installed(*origin)) for origin in pair])
+        register([LoadedPlugin(origin[0], plugin_with(**{hook: fail}), installed(*origin)) for origin in pair])
     assert str(caught.value) == (
         f"hook {hook!r} takes one provider, and {NAMED} and plugin 'other' (acme-other 2.0) both provide it; "
         "drop one: `other: false`"

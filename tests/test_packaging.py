@@ -106,7 +106,7 @@ from trainkit.cli import main
 from trainkit.plugin import hookimpl, plugin
 from trainkit.recipe import from_dict, make_options
 from trainkit.registry import COMMANDS, PLUGINS, installed
-from trainkit.testing import build_run, made_data, run_steps
+from trainkit.testing import build_run, fake_data, run_steps
 
 class Block(nn.Sequential):
     def __init__(self, channels):
@@ -129,7 +129,7 @@ class Network(nn.Module):
 class ProvidesData:
     @hookimpl
     def data(self):
-        return made_data(size=32)
+        return fake_data(size=32)
 
 @plugin
 class ProvidesModel:

@@ -13,7 +13,7 @@ from trainkit.plugin import hookimpl, plugin
 from trainkit.recipe import load_recipe, make_options
 from trainkit.registry import find
 from trainkit.rng import stream
-from trainkit.testing import build_run, made_data
+from trainkit.testing import build_run, fake_data
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("random_resized_crop", "random_rotation", "random_crop", "random_horizontal_flip", "color_jitter", "normalize")
@@ -24,7 +24,7 @@ JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_
 class Images:
     @hookimpl
     def data(self):
-        return made_data(size=32)
+        return fake_data(size=32)
 
 
 def pipeline(*names):

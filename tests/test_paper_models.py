@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from trainkit.plugin import hookimpl, plugin
 from trainkit.run import count_parameters
-from trainkit.testing import build_run, made_data
+from trainkit.testing import build_run, fake_data
 
 ResNet = pytest.importorskip("trainkit_resnet").ResNet
 SE = pytest.importorskip("trainkit_se").SE
@@ -21,7 +21,7 @@ class Images:
 
     @hookimpl
     def data(self):
-        return made_data(n=16, classes=10, size=32)
+        return fake_data(n=16, classes=10, size=32)
 
 
 def dense(*shared):

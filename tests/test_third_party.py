@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import cross_entropy, one_hot
 
 from trainkit import Batch
-from trainkit.data import order
+from trainkit.data import epoch_permutation
 from trainkit.plugin import hookimpl, plugin
-from trainkit.testing import assert_conforms, assert_light_imports, build_run, made_data, run_steps
+from trainkit.testing import assert_conforms, assert_light_imports, build_run, fake_data, run_steps
 
 from .environments import PLUGINS, ROOT, THIRD_PARTY, environment, wheel
 
@@ -141,8 +141,8 @@ def test_sam_is_the_papers_algorithm(imported):
     rho, steps = 0.5, 3
     trained = run_steps({"linear": Linear(), "sam": imported("acme-trainkit-sam")(rho=rho)}, steps).model
     model = build_run({"linear": Linear()}).model
-    data = made_data().train
-    for index in order(0, 0, len(data)).split(8)[:steps]:
+    data = fake_data().train
+    for index in epoch_permutation(0, 0, len(data)).split(8)[:steps]:
         images, targets = data.images[index].float() / 255, data.targets[index]
         weights = list(model.parameters())
         gradients = torch.autograd.grad(cross_entropy(model(images), targets), weights)

@@ -11,11 +11,11 @@ from attrs import field
 from torch.nn.functional import cross_entropy
 
 from trainkit import Batch, Data, Schedule, TensorSplit, evaluate, fit
-from trainkit.data import order
+from trainkit.data import epoch_permutation
 from trainkit.errors import RunError
 from trainkit.plugin import hookimpl, plugin
 from trainkit.rng import torch_seed
-from trainkit.testing import build_run, made_data, parameters_of, run_steps
+from trainkit.testing import build_run, fake_data, parameters_of, run_steps
 
 
 @plugin
@@ -103,13 +103,13 @@ def test_hooks_fire_in_the_documented_order(tmp_path):
 
 def test_parameters_are_those_of_a_plain_loop():
     run = run_steps({}, steps=7)
-    data, seed = made_data(), 0
+    data, seed = fake_data(), 0
     fresh = build_run({})
     model = fresh.model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     taken = 0
     for epoch in range(2):
-        for index in order(seed, epoch, len(data.train)).split(8):
+        for index in epoch_permutation(seed, epoch, len(data.train)).split(8):
             if taken == 7:
                 break
             torch.manual_seed(torch_seed(seed, "step", epoch, 0))
@@ -298,7 +298,7 @@ def test_the_run_directory_says_what_produced_the_result(tmp_path):
     assert written["final"]["test_loss"] is None
     assert written["parameters"] == sum(p.numel() for p in run.model.parameters())
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert environment["data"]["train"] == {"images": 32, "fingerprint": made_data().train.fingerprint()}
+    assert environment["data"]["train"] == {"images": 32, "fingerprint": fake_data().train.fingerprint()}
     assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
     assert result.path == tmp_path / "run"
     assert str(tmp_path) not in "".join(p.read_text() for p in (tmp_path / "run").iterdir())

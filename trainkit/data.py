@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from trainkit.errors import DataError, RunError
 from trainkit.rng import stream
 
-__all__ = ["Batch", "Batches", "Data", "Split", "TensorSplit", "fingerprint", "order"]
+__all__ = ["Batch", "Batches", "Data", "Split", "TensorSplit", "epoch_permutation", "fingerprint"]
 
 
 @runtime_checkable
@@ -117,7 +117,7 @@ class Batch:
         return self.images.shape[0]  # a tensor's own len() costs three times as much
 
 
-def order(seed: int, epoch: int, n: int) -> Tensor:
+def epoch_permutation(seed: int, epoch: int, n: int) -> Tensor:
     """Return the order of a training epoch, int64 [n], a function of seed and epoch alone."""
     return torch.from_numpy(stream(seed, "order", epoch).permutation(n))
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from trainkit.activation import Hooks, Instrument, activate
 from trainkit.data import Batch, Batches, Data
 from trainkit.errors import CheckpointError, PluginError, RecipeError
+from trainkit.hooks import CallWrapper, Hooks, load_plugins
 from trainkit.recipe import Recipe
 from trainkit.rng import stream, torch_seed
 from trainkit.transforms import Pipeline, Transform
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from trainkit.rundir import RunDir
 
-__all__ = ["Run", "Schedule", "best_of", "build", "count_parameters", "improves", "to_host"]
+__all__ = ["Run", "Schedule", "best_of", "build", "count_parameters", "is_better", "to_host"]
 
 
 class Schedule(NamedTuple):
@@ -228,7 +228,7 @@ def to_host(records: list[dict[str, Any]]) -> list[dict[str, float]]:
     return [{k: next(numbers) if isinstance(v, Tensor) else v for k, v in record.items()} for record in records]
 
 
-def improves(metric: str, new: float, old: float) -> bool:
+def is_better(metric: str, new: float, old: float) -> bool:
     """Tell whether a metric's new value is better: less for losses and errors, greater for all others."""
     return new < old if metric.endswith(("loss", "error")) else new > old
 
@@ -240,7 +240,7 @@ def best_of(history: list[dict[str, float]]) -> dict[str, dict[str, float]]:
         for name, value in row.items():
             if not name.startswith("test_") or math.isnan(value):
                 continue
-            if name not in best or improves(name, value, best[name]["value"]):
+            if name not in best or is_better(name, value, best[name]["value"]):
                 best[name] = {"value": value, "epoch": row["epoch"]}
     return best
 
@@ -250,7 +250,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def build(recipe: Recipe, *, console: Console | None = None, instrument: Instrument | None = None) -> Run:
+def build(recipe: Recipe, *, console: Console | None = None, instrument: CallWrapper | None = None) -> Run:
     """Build all that a recipe describes, ready for :func:`trainkit.fit`. Nothing is written.
 
     Args:
@@ -261,7 +261,7 @@ def build(recipe: Recipe, *, console: Console | None = None, instrument: Instrum
     Raises:
         TrainkitError: the recipe, a plugin or the data are wrong.
     """
-    return build_with(recipe, activate(recipe, instrument), console)
+    return build_with(recipe, load_plugins(recipe, instrument), console)
 
 
 def build_with(recipe: Recipe, hooks: Hooks, console: Console | None = None) -> Run:

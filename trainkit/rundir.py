@@ -35,7 +35,7 @@ import attrs
 from trainkit.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from trainkit.activation import Active
+    from trainkit.hooks import LoadedPlugin
     from trainkit.recipe import Recipe
 
 if sys.platform != "win32":
@@ -215,7 +215,7 @@ def pack_state(state: Mapping[str, Any]) -> bytes:
     return body + blake2b(body, digest_size=DIGEST_SIZE).digest()
 
 
-def lock(plugins: Mapping[str, Active], recipe: Recipe) -> list[dict[str, Any]]:
+def lock(plugins: Mapping[str, LoadedPlugin], recipe: Recipe) -> list[dict[str, Any]]:
     """Return what ``plugins.lock.json`` holds: each plugin, exactly, in call order."""
     return [
         {

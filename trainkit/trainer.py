@@ -20,7 +20,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from trainkit.data import Batch, fingerprint, order
+from trainkit.data import Batch, epoch_permutation, fingerprint
 from trainkit.errors import PluginError, RunError, TrainkitError
 from trainkit.rng import torch_seed
 from trainkit.run import Run, best_of, check_optimizer, count_parameters, to_host
@@ -131,7 +131,7 @@ class Trainer:
         run.split = "train"
         run.forward.train()
         self.draws = None
-        indices = order(run.recipe.seed, run.epoch, len(run.data.train))
+        indices = epoch_permutation(run.recipe.seed, run.epoch, len(run.data.train))
         for batch in run.batches["train"].iterate(indices, run.batch_index):
             self.lap("data")
             if not self.train_step(batch):

@@ -8,7 +8,7 @@ from attrs.validators import ge
 from trainkit import Run
 from trainkit.errors import RecipeError, did_you_mean
 from trainkit.plugin import hookimpl, plugin
-from trainkit.run import improves
+from trainkit.run import is_better
 
 __all__ = ["EarlyStopping"]
 
@@ -53,7 +53,7 @@ class EarlyStopping:
         found_at = 0
         for number, row in enumerate(history, start=1):
             value = row.get(self.metric, math.nan)
-            better = improves(self.metric, value, best) and abs(value - best) > self.min_delta
+            better = is_better(self.metric, value, best) and abs(value - best) > self.min_delta
             if better or (math.isnan(best) and not math.isnan(value)):
                 best, found_at = value, number
         return len(history) - found_at

@@ -107,11 +107,10 @@ def _import(value: str) -> str:
 
 
 def _order(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from trainkit.activation import activate
     from trainkit.cli.run import hook_order
     from trainkit.recipe import load_recipe
 
-    found = hook_order(activate(load_recipe(args.recipe, args.overrides)))
+    found = hook_order(load_plugins(load_recipe(args.recipe, args.overrides)))
     return [{"hook": hook, "kind": kind, "plugins": plugins} for hook, kind, plugins in found]
 
 

@@ -21,7 +21,7 @@ HOOKS = {name: spec for phase in hookspecs.PHASES for name, spec in vars(phase).
 
 # What a method ends with: by hook where a run needs something, else by kind.
 ENDINGS = {
-    "data": "return made_data()",
+    "data": "return fake_data()",
     "model": "size = prod(run.data.shape)\n"
     "        return nn.Sequential(nn.Flatten(), nn.Linear(size, len(run.data.classes)))",
     "loss": "return nn.functional.cross_entropy",
@@ -41,7 +41,7 @@ from torch import autograd
 from torch.optim import Adam
 from trainkit.hookspecs import Split
 from trainkit.plugin import hookimpl, plugin
-from trainkit.testing import made_data
+from trainkit.testing import fake_data
 """
 
 

@@ -26,7 +26,7 @@ from torchvision import transforms as v1
 from transforms import NAMES, of_torchvision
 
 from trainkit import Data, Run, TensorSplit, fit, load_recipe
-from trainkit.activation import Active, activate, register
+from trainkit.hooks import LoadedPlugin, load_plugins, register
 from trainkit.plugin import hookimpl, plugin
 from trainkit.run import build_with
 from trainkit_se import SqueezeExcitation
@@ -73,11 +73,11 @@ def built(recipe_name: str, root: str, steps: int, *overrides: str, observer: An
     drop = [f"plugins.{name}=false" for name in SKIPPED]
     where = [f"plugins.cifar10.root={root}"] if root else ["plugins.cifar10=false"]
     recipe = load_recipe(ROOT / "recipes" / f"{recipe_name}.yaml", [*drop, *where, f"max_steps={steps}", *overrides])
-    hooks = activate(recipe)
+    hooks = load_plugins(recipe)
     if not root:
-        hooks = register([Active("images", RandomImages()), *hooks.plugins.values()])
+        hooks = register([LoadedPlugin("images", RandomImages()), *hooks.plugins.values()])
     if observer is not None:
-        hooks = register([*hooks.plugins.values(), Active("observer", observer)])
+        hooks = register([*hooks.plugins.values(), LoadedPlugin("observer", observer)])
     return build_with(recipe, hooks)
 
 

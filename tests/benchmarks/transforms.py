@@ -25,7 +25,7 @@ from trainkit.plugin import hookimpl, plugin
 from trainkit.recipe import load_recipe, make_options
 from trainkit.registry import find
 from trainkit.rng import stream
-from trainkit.testing import build_run, made_data
+from trainkit.testing import build_run, fake_data
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 NAMES = ("random_resized_crop", "random_rotation", "random_crop", "random_horizontal_flip", "color_jitter", "normalize")
@@ -36,7 +36,7 @@ CROP_FLIP = ("random_crop", "random_horizontal_flip", "normalize")
 class _Images:
     @hookimpl
     def data(self) -> Any:
-        return made_data(size=32)
+        return fake_data(size=32)
 
 
 def ours(*names: str) -> Any:

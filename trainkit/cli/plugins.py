@@ -80,7 +80,7 @@ def _describe(record: Installed) -> dict[str, Any]:
 
     import attrs
 
-    from trainkit.activation import declared, load_class
+    from trainkit.hooks import declared, load_class
 
     cls = load_class(record)
     hooks = [name for name, value in inspect.getmembers(cls) if hasattr(value, "trainkit_impl")]

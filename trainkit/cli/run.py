@@ -17,7 +17,7 @@ from trainkit.errors import RecipeError, did_you_mean
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trainkit.activation import Hooks, Instrument
+    from trainkit.hooks import CallWrapper, Hooks
     from trainkit.run import Run
     from trainkit.trainer import Result
 
@@ -153,7 +153,9 @@ def hook_order(hooks: Hooks) -> list[tuple[str, str, list[str]]]:
     return [(name, hooks.kind(name), plugins) for name, plugins in names if plugins]
 
 
-def _instrument(args: argparse.Namespace, seconds: dict[tuple[str, str], float], console: Console) -> Instrument | None:
+def _instrument(
+    args: argparse.Namespace, seconds: dict[tuple[str, str], float], console: Console
+) -> CallWrapper | None:
     def wrap(call: Callable[..., Any], plugin: str, hook: str) -> Callable[..., Any]:
         def instrumented(*values: Any) -> Any:
             if args.trace_hooks:

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from trainkit import fit
-from trainkit.data import order
+from trainkit.data import epoch_permutation
 from trainkit.errors import PluginError
 from trainkit.plugin import hookimpl, plugin
-from trainkit.testing import assert_conforms, build_run, made_data, parameters_of, record_hooks, run_steps
+from trainkit.testing import assert_conforms, build_run, fake_data, parameters_of, record_hooks, run_steps
 from trainkit_accumulate import Accumulate
 
 
@@ -23,7 +23,7 @@ class Setup:
 
     @hookimpl
     def data(self):
-        return made_data(self.images)
+        return fake_data(self.images)
 
     @hookimpl
     def model(self, run):
@@ -67,7 +67,7 @@ def test_each_image_of_a_step_counts_the_same_in_an_epochs_last_step_too():
     """27 images in batches of 4, the last of 3: steps of 8, 8, 8 and 3 images, with weights that stay the same."""
     steps, setup = Steps(gradients=[], losses=[]), Setup(images=27, lr=0.0)
     run = run_steps({"setup": setup, "accumulate": Accumulate(), "steps": steps}, steps=4, batch_size=4)
-    (epoch,) = build_run({"setup": setup}, batch_size=27).batches["train"].iterate(order(0, 0, 27))
+    (epoch,) = build_run({"setup": setup}, batch_size=27).batches["train"].iterate(epoch_permutation(0, 0, 27))
     output = run.model(epoch.images.float() / 255)
     for first, gradient in zip(range(0, 27, 8), steps.gradients, strict=True):
         loss = nn.functional.cross_entropy(output[first : first + 8], epoch.targets[first : first + 8])

@@ -11,9 +11,9 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from trainkit.activation import Active, register
 from trainkit.data import Data, TensorSplit
 from trainkit.errors import PluginError, RecipeError
+from trainkit.hooks import LoadedPlugin, register
 from trainkit.plugin import hookimpl, plugin
 from trainkit.recipe import Recipe, make_options
 from trainkit.rng import stream
@@ -193,7 +193,7 @@ def test_other_images_are_refused():
 
 def test_must_come_before_normalize():
     with pytest.raises(PluginError, match="normalize"):
-        register([Active("normalize", STRONG), Active("color_jitter", ColorJitter())])
+        register([LoadedPlugin("normalize", STRONG), LoadedPlugin("color_jitter", ColorJitter())])
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from trainkit.activation import Active, register
 from trainkit.errors import PluginError
+from trainkit.hooks import LoadedPlugin, register
 from trainkit.recipe import Recipe, make_options
 from trainkit.rng import stream
 from trainkit.testing import build_run, run_steps
@@ -176,7 +176,7 @@ def test_training_images_only():
 def test_must_come_before_normalize():
     crop = RandomResizedCrop(size=8)
     with pytest.raises(PluginError, match="normalize"):
-        register([Active("normalize", RandomResizedCrop(size=8)), Active("random_resized_crop", crop)])
+        register([LoadedPlugin("normalize", RandomResizedCrop(size=8)), LoadedPlugin("random_resized_crop", crop)])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from trainkit.plugin import hookimpl, plugin
 from trainkit.recipe import Recipe, make_options
 from trainkit.rng import torch_seed
 from trainkit.run import count_parameters
-from trainkit.testing import assert_conforms, build_run, made_data, parameters_of, run_steps
+from trainkit.testing import assert_conforms, build_run, fake_data, parameters_of, run_steps
 from trainkit_timm_model import TimmModel
 
 timm = pytest.importorskip("timm")
@@ -23,7 +23,7 @@ class Images:
 
     @hookimpl
     def data(self):
-        data = made_data(8, size=self.size)
+        data = fake_data(8, size=self.size)
         for split in (data.train, data.test):
             object.__setattr__(split, "images", split.images[:, : self.channels])
         object.__setattr__(data, "shape", (self.channels, self.size, self.size))

@@ -23,9 +23,9 @@ import torch
 from attrs import field
 from torch import Tensor, nn
 
-from trainkit.activation import Active, Instrument, register
 from trainkit.data import Data, TensorSplit
 from trainkit.errors import CheckpointError, TrainkitError
+from trainkit.hooks import CallWrapper, LoadedPlugin, register
 from trainkit.plugin import hookimpl, plugin
 from trainkit.recipe import Recipe, from_dict, load_recipe, make_options
 from trainkit.run import Run, build_with
@@ -36,7 +36,7 @@ __all__ = [
     "assert_conforms",
     "assert_light_imports",
     "build_run",
-    "made_data",
+    "fake_data",
     "parameters_of",
     "record_hooks",
     "run_steps",
@@ -46,7 +46,7 @@ __all__ = [
 LIGHT = 150
 
 
-def made_data(n: int = 32, classes: int = 4, size: int = 8) -> Data:
+def fake_data(n: int = 32, classes: int = 4, size: int = 8) -> Data:
     """Return random uint8 images [n, 3, size, size] whose class shows in their brightness; half as many for testing."""
     generator = torch.Generator().manual_seed(0)
 
@@ -65,7 +65,7 @@ class _Defaults:
 
     @hookimpl
     def data(self) -> Data:
-        return made_data()
+        return fake_data()
 
     @hookimpl
     def model(self, run: Run) -> nn.Module:
@@ -93,11 +93,11 @@ def _part(hook: str) -> Any:
     return plugin(type(f"_Default{hook.title()}", (), {hook: vars(_Defaults)[hook]}))()
 
 
-def _build(plugins: Mapping[str, Any], recipe: Mapping[str, Any], instrument: Instrument | None = None) -> Run:
+def _build(plugins: Mapping[str, Any], recipe: Mapping[str, Any], instrument: CallWrapper | None = None) -> Run:
     needed = ("data", "model", "loss", "optimizer")
     found = {h for p in plugins.values() for h in needed if hasattr(getattr(p, h, None), "trainkit_impl")}
     defaults = {f"default_{h}": _part(h) for h in needed if h not in found}
-    actives = [Active(name, instance) for name, instance in {**defaults, **plugins}.items()]
+    actives = [LoadedPlugin(name, instance) for name, instance in {**defaults, **plugins}.items()]
     keys = {"name": "test", "epochs": 1, "batch_size": 8, "device": "cpu", **recipe}
     return build_with(Recipe(**keys), register(actives, instrument=instrument))
 

@@ -23,14 +23,14 @@ from trainkit.registry import Installed, find
 if TYPE_CHECKING:
     from trainkit.run import Run
 
-__all__ = ["Active", "Hooks", "Implementation", "Instrument", "activate", "declared", "register"]
+__all__ = ["CallWrapper", "Hooks", "Implementation", "LoadedPlugin", "declared", "load", "register"]
 
 #: Given a call, a plugin's name and a hook's name, returns what is called instead.
-Instrument = Callable[[Callable[..., Any], str, str], Callable[..., Any]]
+CallWrapper = Callable[[Callable[..., Any], str, str], Callable[..., Any]]
 
 
 @attrs.frozen(eq=False)
-class Active:
+class LoadedPlugin:
     """One plugin of a run: its name in the recipe, its instance, and (unless a test made it) its distribution."""
 
     name: str
@@ -75,7 +75,7 @@ class Active:
 class Implementation:
     """One plugin's part in one hook. Calling it takes all arguments of the hook by position."""
 
-    active: Active
+    active: LoadedPlugin
     hook: str
     call: Callable[..., Any]
     hooks: Hooks
@@ -117,9 +117,9 @@ class Hooks:
     """
 
     manager: pluggy.PluginManager
-    plugins: Mapping[str, Active]
+    plugins: Mapping[str, LoadedPlugin]
     failure: type[TrainkitError] = PluginError  #: what a failing plugin raises: of a build at first, of a run later
-    instrument: Instrument | None = None  #: wraps every call, for profiling and tracing
+    instrument: CallWrapper | None = None  #: wraps every call, for profiling and tracing
     _order: dict[int, int] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -240,7 +240,7 @@ def _positional(function: Callable[..., Any], wanted: list[str], offered: list[s
     return lambda *args: function(*pick(args))
 
 
-def activate(recipe: Recipe, instrument: Instrument | None = None) -> Hooks:
+def load_plugins(recipe: Recipe, instrument: CallWrapper | None = None) -> Hooks:
     """Import, construct, order-check and register the plugins that a recipe lists.
 
     Raises:
@@ -251,11 +251,11 @@ def activate(recipe: Recipe, instrument: Instrument | None = None) -> Hooks:
     for name, found in find(recipe).items():
         cls = load_class(found)
         try:
-            actives.append(Active(name, make_options(recipe, name, cls), found))
+            actives.append(LoadedPlugin(name, make_options(recipe, name, cls), found))
         except TrainkitError:
             raise
         except Exception as error:
-            raise Active(name, None, found).failed("its construction", error, PluginError) from error
+            raise LoadedPlugin(name, None, found).failed("its construction", error, PluginError) from error
     return register(actives, recipe.where, instrument)
 
 
@@ -274,7 +274,7 @@ def load_class(found: Installed) -> type:
     return cls
 
 
-def register(actives: Iterable[Active], where: str = "", instrument: Instrument | None = None) -> Hooks:
+def register(actives: Iterable[LoadedPlugin], where: str = "", instrument: CallWrapper | None = None) -> Hooks:
     """Check the plugins against each other and register them with a fresh manager, in recipe order."""
     plugins = {active.name: active for active in actives}
     manager = pluggy.PluginManager("trainkit")
@@ -301,7 +301,7 @@ def declared(cls: type, constraint: str) -> tuple[Any, ...]:
     return () if constraint in attrs.fields_dict(cls) else tuple(getattr(cls, constraint, ()))
 
 
-def _check_order(plugins: Mapping[str, Active], where: str) -> None:
+def _check_order(plugins: Mapping[str, LoadedPlugin], where: str) -> None:
     position = {name: n for n, name in enumerate(plugins)}
     for name, active in plugins.items():
         for earlier in declared(type(active.instance), "after"):
@@ -316,8 +316,8 @@ def _check_order(plugins: Mapping[str, Active], where: str) -> None:
                 )
 
 
-def _check_exclusive(plugins: Mapping[str, Active], where: str) -> None:
-    holders: dict[str, Active] = {}
+def _check_exclusive(plugins: Mapping[str, LoadedPlugin], where: str) -> None:
+    holders: dict[str, LoadedPlugin] = {}
     for active in plugins.values():
         for other in declared(type(active.instance), "conflicts"):
             if other in plugins:

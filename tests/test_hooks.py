@@ -4,9 +4,9 @@ from typing import ClassVar
 import pytest
 from attrs import field
 
-from trainkit import activation
-from trainkit.activation import Active, activate, register
+from trainkit import hooks as hooks_module
 from trainkit.errors import PluginError, RunError
+from trainkit.hooks import LoadedPlugin, load_plugins, register
 from trainkit.hookspecs import hookspec
 from trainkit.plugin import hookimpl, plugin
 from trainkit.recipe import from_dict
@@ -14,7 +14,7 @@ from trainkit.registry import Installed
 
 
 def active(**instances):
-    return [Active(name, instance) for name, instance in instances.items()]
+    return [LoadedPlugin(name, instance) for name, instance in instances.items()]
 
 
 @plugin
@@ -160,7 +160,7 @@ def test_a_failing_plugin_is_named_with_its_hook(kind):
             raise ZeroDivisionError("by zero")
 
     origin = Installed("p", "acme-p", "1.2", "", "", EntryPoint("p", "p:P", "trainkit.plugins"))
-    hooks = register([Active("p", P(), origin)])
+    hooks = register([LoadedPlugin("p", P(), origin)])
     hooks.failure = kind
     with pytest.raises(kind, match=r"plugin 'p' \(acme-p 1.2\) failed in step_end: ZeroDivisionError: by zero"):
         hooks.notify("step_end")(None)
@@ -224,7 +224,7 @@ def test_an_entry_point_that_is_no_plugin_is_refused(monkeypatch):
     entry = EntryPoint("p", f"{__name__}:NotDecorated", "trainkit.plugins")
     found = Installed("p", "acme-p", "1.2", "", entry.value, entry)
     monkeypatch.setattr(Installed, "load", lambda self: NotDecorated)
-    monkeypatch.setattr(activation, "find", lambda recipe: {"p": found})
+    monkeypatch.setattr(hooks_module, "find", lambda recipe: {"p": found})
     recipe = from_dict({"name": "r", "epochs": 1, "batch_size": 1, "plugins": {"p": None}})
     with pytest.raises(PluginError, match=r"plugin 'p' \(acme-p 1.2\): .* is not a class decorated with @plugin"):
-        activate(recipe)
+        load_plugins(recipe)
