@@ -23,7 +23,7 @@ from trainkit.registry import Installed, find
 if TYPE_CHECKING:
     from trainkit.run import Run
 
-__all__ = ["CallWrapper", "Hooks", "Implementation", "LoadedPlugin", "declared", "load", "register"]
+__all__ = ["CallWrapper", "Hooks", "Implementation", "LoadedPlugin", "declared", "load_plugins", "register"]
 
 #: Given a call, a plugin's name and a hook's name, returns what is called instead.
 CallWrapper = Callable[[Callable[..., Any], str, str], Callable[..., Any]]
