@@ -61,6 +61,9 @@ class Recipe:
     batch_size: int = field(validator=ge(1))
     test_batch_size: int | None = field(default=None, validator=optional(ge(1)))
     max_steps: int | None = field(default=None, validator=optional(gt(0)))
+    eval_every: int = field(default=1, validator=ge(1))
+    drop_last: bool = False
+    mixed_sizes: bool = False
     device: str = "auto"
     expect: dict[str, int | float] = field(factory=dict)
     requires: list[str] = field(factory=list)
@@ -80,6 +83,11 @@ class Recipe:
         """Return the recipe as a YAML document."""
         text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
         return text
+
+
+def base_name(name: str) -> str:
+    """Return the plugin that a name in a recipe stands for: ``normalize`` for ``normalize@second``."""
+    return name.partition("@")[0]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:

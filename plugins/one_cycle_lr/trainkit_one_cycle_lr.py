@@ -24,8 +24,7 @@ class OneCycleLR:
 
     Args:
         max_lr: the highest learning rate; greater than 0.
-        total_steps: optimizer steps of the cycle; at least 1. By default the training batches of the whole run; where
-            one step takes several batches, give the number of steps. Beyond it the rate stays as it was at the end.
+        total_steps: optimizer steps of the cycle; at least 1. By default all steps of the run. Beyond it the rate stays as it was at the end.
         pct_start: the part of the cycle in which the learning rate rises; at least 0, at most 1.
         anneal_strategy: the shape of rise and fall: ``cos`` or ``linear``.
         cycle_momentum: let the momentum (or the first beta) move against the learning rate.
@@ -57,7 +56,7 @@ class OneCycleLR:
         Raises:
             RecipeError: the optimizer has no momentum to cycle, or the rise is one step long.
         """
-        total = self.total_steps or run.epochs * run.steps_per_epoch
+        total = self.total_steps or run.total_steps
         if self.cycle_momentum and not {"momentum", "betas"} & optimizer.defaults.keys():
             raise RecipeError(
                 f"{type(optimizer).__name__} has neither a momentum nor betas to cycle; set cycle_momentum: false"
