@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainkit.data import Batches, Data, TensorSplit, epoch_permutation, fingerprint
+from trainkit.data import Batches, Data, TensorSplit, epoch_permutation
+from trainkit.provenance import fingerprint
 from trainkit.errors import DataError, RunError
 
 CPU = torch.device("cpu")

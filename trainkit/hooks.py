@@ -16,10 +16,11 @@ from attrs import field
 
 from trainkit import hookspecs
 from trainkit.errors import PluginError, TrainkitError, blame, did_you_mean
-from trainkit.recipe import Recipe, base_name, make_options
-from trainkit.registry import Installed, find
+from trainkit.plugin import declared
+from trainkit.recipe import Recipe, make_options
+from trainkit.registry import Installed, base_name, find
 
-__all__ = ["CallWrapper", "Hooks", "Implementation", "LoadedPlugin", "declared", "load_plugins", "register"]
+__all__ = ["CallWrapper", "Hooks", "Implementation", "LoadedPlugin", "load_plugins", "register"]
 
 #: Given a call, a plugin's name and a hook's name, returns what is called instead.
 CallWrapper = Callable[[Callable[..., Any], str, str], Callable[..., Any]]
@@ -217,6 +218,8 @@ class Hooks:
             return None
         inner, outer = through[0], through[-1]
         called = f", called by {outer}" if outer.plugin is not inner.plugin else ""
+        if isinstance(error, TrainkitError) and str(error).startswith(tuple(map(str, self.plugins.values()))):
+            return None  # the core itself found what is wrong, and named the plugin
         if isinstance(error, TrainkitError):  # the plugin said itself what is wrong
             return type(error)(f"{inner}{called}: {error}")
         said = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")  # one paragraph
@@ -290,11 +293,6 @@ def register(plugins: Iterable[LoadedPlugin], where: str = "", wrap_call: CallWr
         if hooks.kind(name) == "one":
             hooks.only(name)
     return hooks
-
-
-def declared(cls: type, constraint: str) -> tuple[Any, ...]:
-    """Return what a plugin's class declares as ``after``, ``before``, ...; an option of that name declares nothing."""
-    return () if constraint in attrs.fields_dict(cls) else tuple(getattr(cls, constraint, ()))
 
 
 def _check_order(plugins: Mapping[str, LoadedPlugin], where: str) -> None:

@@ -97,11 +97,6 @@ class Recipe:
         return text
 
 
-def base_name(name: str) -> str:
-    """Return the plugin that a name in a recipe stands for: ``normalize`` for ``normalize@second``."""
-    return name.partition("@")[0]
-
-
 def load_recipe(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
     """Read a recipe.
 

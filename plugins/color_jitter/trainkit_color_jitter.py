@@ -61,6 +61,7 @@ class ColorJitter(Map):
     """
 
     before: ClassVar = ("normalize",)
+    needs_uint8: ClassVar = True
 
     brightness: Amount = field(default=0, validator=_amount)
     contrast: Amount = field(default=0, validator=_amount)

@@ -46,5 +46,7 @@ class CrossEntropy:
         shape = (len(run.data.classes),)
         is_float = isinstance(target, Tensor) and target.is_floating_point()
         if self.targets == "probabilities" and not (is_float and tuple(target.shape) == shape):
-            raise RecipeError(f"'targets': probabilities are floats {list(shape)}, and the data's are {describe(target)}")
+            raise RecipeError(
+                f"'targets': probabilities are floats {list(shape)}, and the data's are {describe(target)}"
+            )
         return partial(cross_entropy, label_smoothing=self.label_smoothing)

@@ -24,7 +24,8 @@ class OneCycleLR:
 
     Args:
         max_lr: the highest learning rate; greater than 0.
-        total_steps: optimizer steps of the cycle; at least 1. By default all steps of the run. Beyond it the rate stays as it was at the end.
+        total_steps: optimizer steps of the cycle; at least 1. By default all steps of the run. Beyond it
+            the rate stays as it was at the end.
         pct_start: the part of the cycle in which the learning rate rises; at least 0, at most 1.
         anneal_strategy: the shape of rise and fall: ``cos`` or ``linear``.
         cycle_momentum: let the momentum (or the first beta) move against the learning rate.

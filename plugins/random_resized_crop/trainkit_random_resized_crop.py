@@ -42,6 +42,7 @@ class RandomResizedCrop(Map):
     """
 
     before: ClassVar = ("normalize",)
+    needs_uint8: ClassVar = True
 
     size: int | tuple[int, int] = field(validator=_positive)
     scale: tuple[float, float] = field(default=(0.08, 1.0), validator=_ascending)
