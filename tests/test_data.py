@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainkit.data import Batches, Data, TensorSplit, epoch_permutation
-from trainkit.provenance import fingerprint
 from trainkit.errors import DataError, RunError
+from trainkit.provenance import fingerprint
 
 CPU = torch.device("cpu")
 
