@@ -100,6 +100,11 @@ class Data:
             if not len(getattr(self, name)):
                 raise DataError(f"the {name} split has no images; look at where the data plugin reads them")
 
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits by name."""
+        return {"train": self.train, "test": self.test}
+
 
 @attrs.define(eq=False)
 class Batch:

@@ -11,7 +11,8 @@ of a hook says what becomes of the results:
 
 The loop that fires them, as pseudocode::
 
-    data, transforms, model, transform_model, wrap_model, loss, optimizer, transform_optimizer, scheduler, contexts
+    data, transforms, model, transform_model, wrap_model, loss, optimizer, transform_optimizer, scheduler, contexts,
+    provenance
     fit_start
     for each epoch:
         epoch_start
@@ -33,6 +34,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import pluggy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -177,6 +180,17 @@ class Build:
 
         Returns:
             A re-enterable context manager, such as ``torch.autocast("cpu", torch.bfloat16)``, or None.
+        """
+
+    @hookspec("list")
+    def provenance(self, run: Run) -> dict[str, Path | str | float] | None:
+        """Declare what else the numbers depend on: files, which are recorded by their content, and versions.
+
+        Args:
+            run: the run; everything is built.
+
+        Returns:
+            Values by name, or None. A path stands for the content of the file.
         """
 
 
