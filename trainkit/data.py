@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from trainkit.errors import DataError, RunError
 from trainkit.rng import stream
 
-__all__ = ["Batch", "Batches", "Data", "Split", "TensorSplit", "epoch_permutation", "fingerprint"]
+__all__ = ["Batch", "Batches", "Data", "Split", "TensorSplit", "epoch_permutation"]
 
 
 @runtime_checkable
@@ -125,12 +125,6 @@ class Batch:
 def epoch_permutation(seed: int, epoch: int, n: int) -> Tensor:
     """Return the order of a training epoch, int64 [n], a function of seed and epoch alone."""
     return torch.from_numpy(stream(seed, "order", epoch).permutation(n))
-
-
-def fingerprint(split: Split) -> str:
-    """Return what identifies a split's content: its own ``fingerprint()`` if it has one, else its length."""
-    own = getattr(split, "fingerprint", None)
-    return str(own()) if own is not None else f"{len(split)} images"
 
 
 class Batches:

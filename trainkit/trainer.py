@@ -20,13 +20,14 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from trainkit.data import Batch, epoch_permutation, fingerprint
+from trainkit import provenance
+from trainkit.data import Batch, epoch_permutation
 from trainkit.errors import PluginError, RunError, TrainkitError
 from trainkit.rng import torch_seed
 from trainkit.run import Run, best_of, check_optimizer, count_parameters, to_host
-from trainkit.rundir import RunDir, environment, lock
+from trainkit.rundir import RunDir
 
-__all__ = ["Result", "Trainer", "evaluate", "fit", "provenance"]
+__all__ = ["Result", "Trainer", "evaluate", "fit"]
 
 FLUSH_EVERY = 50  # records that wait on the device before they are copied to the host together
 
@@ -296,7 +297,7 @@ def fit(run: Run, run_dir: str | Path | None = None, *, test_batches: int | None
     new = run.dir is None
     run.dir = run.dir or RunDir.create(run.recipe, Path(run_dir) if run_dir is not None else None)
     try:
-        with run.dir.locked():
+        with run.dir.exclusive():
             return _fit(run, run.dir, test_batches)
     except TrainkitError:
         if new and run.hooks.failure is not RunError:  # nothing has begun, so nothing is left behind
@@ -306,10 +307,9 @@ def fit(run: Run, run_dir: str | Path | None = None, *, test_batches: int | None
 
 
 def _fit(run: Run, run_dir: RunDir, test_batches: int | None) -> Result:
-    run.provenance = provenance(run)
+    run.provenance = provenance.record(run)
     run_dir.write("recipe.yaml", run.recipe.to_yaml())
-    run_dir.write_json("plugins.lock.json", run.provenance["plugins"])
-    run_dir.write_json("environment.json", run.provenance["environment"])
+    provenance.write(run.provenance, run_dir)
     (run_dir.path / "result.json").unlink(missing_ok=True)  # a resumed run has not ended yet
     trainer = Trainer(run, test_batches)
     error: BaseException | None = None
@@ -344,16 +344,6 @@ def evaluate(run: Run, *, test_batches: int | None = None) -> dict[str, float]:
     """Evaluate the run's model, as it is, on the test split and return its metrics, ``test_<name>``."""
     (metrics,) = to_host([Trainer(run, test_batches).evaluate()])
     return metrics
-
-
-def provenance(run: Run) -> dict[str, Any]:
-    """Return what produces the run's numbers: its plugins, the environment, and the data's fingerprints."""
-    splits = {"train": run.data.train, "test": run.data.test}
-    data = {name: {"images": len(split), "fingerprint": fingerprint(split)} for name, split in splits.items()}
-    return {
-        "plugins": lock(run.hooks.plugins, run.recipe),
-        "environment": {**environment(), "device": str(run.device), "data": data},
-    }
 
 
 def _fit_end(run: Run, error: BaseException | None) -> BaseException | None:

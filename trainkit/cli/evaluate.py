@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trainkit.cli.output import number, print_json, table, terminal
+from trainkit.cli.output import number, print_json, printable, table, terminal
 from trainkit.cli.start import starting
 
 HELP = "Evaluate a run's checkpoint on the test split."
@@ -25,9 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build the run's recipe again, load its weights, evaluate."""
+    """Build the run's recipe again, load its weights, evaluate; say what differs from how they were trained."""
     console = terminal(stderr=args.json)
     with starting():
+        from trainkit import provenance
         from trainkit.recipe import load_recipe
         from trainkit.run import build
         from trainkit.rundir import RunDir
@@ -37,6 +38,10 @@ def run(args: argparse.Namespace) -> int:
         recipe = load_recipe(run_dir.recipe_path(), args.overrides)
         state = run_dir.load_state(args.checkpoint)
         built = build(recipe, console=console)
+    differences = provenance.compare(state["provenance"], provenance.record(built))
+    if changes := [str(difference) for difference in differences if difference.effect == "numbers"]:
+        note = f"not evaluated as it was trained: {'; '.join(changes)}"
+        console.print(printable(note), markup=False, highlight=False, soft_wrap=True)
     built.load_state_dict(state)
     metrics = evaluate(built)
     if args.json:
