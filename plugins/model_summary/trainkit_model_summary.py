@@ -118,9 +118,9 @@ def _trace(model: nn.Module, shape: tuple[int, int, int]) -> tuple[dict[str, tup
     outputs: dict[str, tuple[int, ...]] = {}
 
     def enter(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        # FlopCounterMode (torch 2.14) takes a module's backward pass to begin at the gradients of its outputs and to end
-        # at those of its inputs. In a module that returns its input, as an identity does, both are one tensor, and it
-        # misses the end. A view makes them two tensors.
+        # FlopCounterMode (torch 2.14) takes a module's backward pass to begin at the gradients of its outputs and to
+        # end at those of its inputs. In a module that returns its input, as an identity does, both are one tensor, and
+        # it misses the end. A view makes them two tensors.
         return tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in inputs)
 
     def leave(path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
