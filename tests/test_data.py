@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 
 from trainkit.data import Batches, Data, TensorSplit, epoch_permutation
 from trainkit.errors import DataError, RunError
-from trainkit.provenance import fingerprint
 
 CPU = torch.device("cpu")
 
