@@ -1,4 +1,4 @@
-"""Training speed on an idle machine and beside busy programs, with the command's way to wait at barriers and torch's own.
+"""Training speed on an idle machine and beside busy programs: the spin at barriers that commands set, and torch's own.
 
 Threads that spin at OpenMP's barriers slow each other down as soon as another program holds a core. ``trainkit run``
 sets a short spin, unless the user chose one.
