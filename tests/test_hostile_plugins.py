@@ -4,6 +4,7 @@ import json
 import sys
 import textwrap
 from importlib.metadata import EntryPoint
+from typing import Any
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_a_second_provider(hook):
 class Optimizer:
     """Gives an optimizer over other parameters than those it was asked for."""
 
-    change: object
+    change: Any
 
     @hookimpl
     def optimizer(self, params):

@@ -1,6 +1,7 @@
 import io
 import re
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ class Source:
     names: tuple[str, ...] = ("loss",)
     say: str = ""
     stop: int | None = None
-    error: BaseException | None = None
+    error: Any = None
 
     @hookimpl
     def metrics(self, run, split):
@@ -176,7 +177,7 @@ def clock(monkeypatch):
 class Tick:
     """Lets time pass: a second a batch."""
 
-    clock: type = field()
+    clock: Any = field()
 
     @hookimpl
     def forward_end(self, run):
