@@ -8,10 +8,9 @@ from itertools import count
 
 import pytest
 import torch
-from attrs import field
 
 from trainkit.plugin import hookimpl, plugin
-from trainkit.testing import assert_conforms, assert_light_imports, build_run, record_hooks, run_steps
+from trainkit.testing import assert_conforms, assert_light_imports, record_hooks, run_steps
 
 pytest_plugins = ["pytester"]
 numbers = count()
@@ -238,14 +237,6 @@ def test_hooks_are_recorded_in_the_order_in_which_they_fire():
     expected = [("transform_model", n) for n in both] + [("fit_start", n) for n in both]
     expected += [("step_end", n) for n in both] * 3 + [("fit_end", n) for n in reversed(both)]
     assert fired == expected
-
-
-def test_an_option_that_is_called_like_a_hook_provides_nothing():
-    @plugin
-    class P:
-        loss: float = field(default=1.0)
-
-    build_run({"p": P()})
 
 
 def test_files_of_a_run_are_kept_on_demand(tmp_path):
