@@ -36,6 +36,7 @@ class CosineAnnealingLR:
     @hookimpl
     def scheduler(self, run: Run, optimizer: Optimizer) -> Schedule:
         """Return torch's scheduler and its unit."""
-        whole_run = run.epochs * (run.steps_per_epoch if self.unit == "step" else 1)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.t_max or whole_run, self.eta_min)
+        whole_run = run.epochs if self.unit == "epoch" else run.epochs * run.steps_per_epoch
+        t_max = self.t_max or whole_run
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, t_max, self.eta_min)
         return Schedule(scheduler, self.unit)
