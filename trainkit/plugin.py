@@ -72,6 +72,9 @@ def plugin(cls: C) -> C:
     * ``after``, ``before``: names of plugins that it must follow or precede in a recipe;
     * ``conflicts``: names of plugins that it cannot run beside;
     * ``claims``: exclusive slots, such as ``"lr_schedule"``, that no second plugin may claim;
+    * ``observer = True``: it only watches. Leaving it out changes no bit of weights and metrics, so it may be dropped or
+      added when a run is resumed;
+    * ``without_effect``: options that cannot change a bit of a result, such as where the data lie;
     * ``hookspecs``: classes of :func:`trainkit.hookspec` methods that it offers to other plugins.
 
     Raises:
@@ -145,7 +148,7 @@ def _check_fields(cls: type) -> None:
 
 
 def _check_declarations(cls: type) -> None:
-    for constraint in ("after", "before", "conflicts", "claims", "hookspecs"):
+    for constraint in ("after", "before", "conflicts", "claims", "without_effect", "hookspecs"):
         if constraint in attrs.fields_dict(cls):
             continue
         given = getattr(cls, constraint, ())
