@@ -74,7 +74,7 @@ _held: set[int] = set()  # descriptors of locked directories
 
 
 def _drop_inherited() -> None:
-    """Close the locks that a forked process inherits: a worker that outlives the run would keep its directory locked."""
+    """Close the locks that a forked process inherits: a worker that outlives the run would keep them."""
     while _held:
         os.close(_held.pop())
 
@@ -159,7 +159,8 @@ class RunDir:
 
     def latest(self, name: str) -> Path | None:
         """Return the latest version of a file that sessions of the run added, or None where there is none."""
-        return (self.versions(name) or [None])[-1]
+        versions = self.versions(name)
+        return versions[-1] if versions else None
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
