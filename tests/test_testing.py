@@ -65,11 +65,6 @@ def test_state_that_is_lost_at_the_end_of_an_epoch_is_found(made):
         assert_conforms(made(COUNTER + lost))
 
 
-def test_state_needs_both_methods(made):
-    with pytest.raises(AssertionError, match="both or none"):
-        assert_conforms(made("def state_dict(self): return {}"))
-
-
 def test_state_of_arbitrary_objects_is_refused(made):
     body = "def state_dict(self): return {'thread': threading.Barrier}\ndef load_state_dict(self, state): pass"
     with pytest.raises(AssertionError, match="refused: not a checkpoint of tensors and plain values"):

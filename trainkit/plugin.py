@@ -37,7 +37,7 @@ from trainkit.hookspecs import PHASES
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["declared", "hookimpl", "matching_modules", "option_types", "plugin"]
+__all__ = ["declared", "hookimpl", "matching_modules", "option_types", "plugin", "type_name"]
 
 C = TypeVar("C", bound=type)
 
@@ -62,9 +62,8 @@ def plugin(cls: C) -> C:
     * ``list[T]`` and ``dict[str, T]``, of any of these but tuples; bare ``list`` and ``dict`` take all elements;
     * ``tuple[T, ...]`` and ``tuple[T, U]``: a recipe's list becomes a tuple. Its elements are neither lists, dicts,
       tuples nor classes;
-    * ``T | None`` and other unions. A union converts no scalar: neither ``Path`` nor ``Enum`` stands in it beside other
-      types, and ``float | Literal["auto"]`` refuses ``1``, so write ``int | float`` there. Inside a list or dict it
-      holds no class;
+    * ``T | None``, and unions of several types, which convert no element: there is no ``Path`` and no ``Enum`` in them,
+      no class in their lists and dicts, and ``float | Literal["auto"]`` refuses ``1`` (write ``int | float | ...``);
     * an attrs class or a dataclass whose own fields have these types: a recipe's mapping becomes an instance of it.
 
     Optional class attributes (annotate them with ``ClassVar``):
@@ -120,6 +119,16 @@ def option_types(cls: type) -> dict[str, Any]:
             raise _wrong(cls, option.name, objection)
         types[option.alias or option.name] = annotation
     return types
+
+
+def type_name(annotation: Any) -> str:
+    """Return a type as an author writes it: ``int | None``, ``list[str]``, ``Literal['a', 'b']``."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join("None" if member is NoneType else type_name(member) for member in arguments)
+    if isinstance(annotation, type) and not arguments:
+        return annotation.__name__
+    return str(annotation).replace("typing.", "")
 
 
 def _wrong(cls: type, name: str, what: str) -> PluginError:
@@ -178,55 +187,50 @@ def _annotation(cls: type, option: attrs.Attribute[Any]) -> Any:
     return get_type_hints(alone, globalns=names, localns=dict(vars(owner)), include_extras=True)[option.name]
 
 
-def _objection(annotation: Any, inside: type | None = None, seen: tuple[type, ...] = ()) -> str:
+def _objection(annotation: Any, inside: type | None = None, exact: bool = False, seen: tuple[type, ...] = ()) -> str:
     """Return why omegaconf 2.4 cannot check values against a type, or the empty string.
 
     Args:
         annotation: the type, resolved.
         inside: ``list``, ``dict`` or ``tuple`` for the type of its elements.
+        exact: it is a part of a union of several types, where omegaconf converts nothing.
         seen: the classes whose fields are being looked at; a class may hold itself.
     """
     origin = get_origin(annotation) or annotation
     arguments = get_args(annotation)
+    name = type_name(annotation)
     is_class = isinstance(annotation, type) and (attrs.has(annotation) or dataclasses.is_dataclass(annotation))
     if origin is Annotated:
-        return _objection(arguments[0], inside, seen)
-    if origin in (Union, UnionType):
-        return _union_objection(arguments, inside, seen)
+        return _objection(arguments[0], inside, exact, seen)
     if inside is tuple and (origin in (list, dict, tuple) or is_class):
-        return (
-            f"the elements of a tuple cannot be checked against {_type_name(annotation)}; use list[...] for the tuple"
-        )
+        return f"the elements of a tuple cannot be checked against {name}; use list[...] for the tuple"
     if inside in (list, dict) and origin is tuple:
-        return f"no recipe can give {_type_name(annotation)} inside a list or dict; use list[...] for it"
+        return f"no recipe can give {name} inside a list or dict; use list[...] for it"
+    if exact and (annotation is Path or _is_enum(annotation) or (is_class and inside)):
+        return f"a union of several types never holds {name}; use str, a Literal or dict[str, Any] for it"
     if origin is Literal:
         odd = [value for value in arguments if not isinstance(value, (str, int, float, NoneType)) or _is_enum(value)]
         return f"no recipe can give the value {odd[0]!r} of its Literal; use text or numbers" if odd else ""
     if origin is dict and arguments and arguments[0] is not str:
-        return f"the keys of a recipe are text, and not {_type_name(arguments[0])}; use dict[str, ...]"
+        return f"the keys of a recipe are text, and not {type_name(arguments[0])}; use dict[str, ...]"
+    if origin in (Union, UnionType):
+        members = [member for member in arguments if member is not NoneType]
+        return _first_objection(members, inside, exact or len(members) > 1, seen)
     if origin in (list, dict, tuple):
-        for element in arguments:
-            if element is not Ellipsis and (objection := _objection(element, origin, seen)):
-                return objection
-        return ""
+        return _first_objection([element for element in arguments if element is not Ellipsis], origin, exact, seen)
     if is_class:
         return "" if annotation in seen else _class_objection(annotation, (*seen, annotation))
     if annotation in (Any, bool, int, float, str, Path) or _is_enum(annotation):
         return ""
     return (
-        f"a recipe's value cannot be checked against {_type_name(annotation)}; use bool, int, float, str, Path, Enum, "
-        "Literal, list[T], tuple[T, ...], dict[str, T], a union of them, Any, or an attrs class"
+        f"a recipe's value cannot be checked against {name}; use bool, int, float, str, Path, Enum, Literal, list[T], "
+        "tuple[T, ...], dict[str, T], a union of them, Any, or an attrs class"
     )
 
 
-def _union_objection(members: tuple[Any, ...], inside: type | None, seen: tuple[type, ...]) -> str:
-    members = tuple(member for member in members if member is not NoneType)
-    for member in members:
-        if len(members) > 1 and (member is Path or _is_enum(member)):
-            return f"a union with other types never becomes {_type_name(member)}; use str, or Literal, instead of it"
-        if len(members) > 1 and inside and isinstance(member, type) and not get_origin(member) and attrs.has(member):
-            return f"a union inside a list or dict never becomes {_type_name(member)}; use dict[str, Any] instead of it"
-        if objection := _objection(member, inside, seen):
+def _first_objection(types: Iterable[Any], inside: type | None, exact: bool, seen: tuple[type, ...]) -> str:
+    for each in types:
+        if objection := _objection(each, inside, exact, seen):
             return objection
     return ""
 
@@ -236,18 +240,13 @@ def _class_objection(cls: type, seen: tuple[type, ...]) -> str:
     annotations = get_type_hints(cls, include_extras=True)
     fields = attrs.fields(cls) if attrs.has(cls) else dataclasses.fields(cls)
     for each in fields:
-        if objection := _objection(annotations.get(each.name), None, seen):
+        if objection := _objection(annotations.get(each.name), seen=seen):
             return f"in {cls.__name__}, field {each.name!r}: {objection}"
     return ""
 
 
 def _is_enum(value: object) -> bool:
     return isinstance(value, Enum) or (isinstance(value, type) and issubclass(value, Enum))
-
-
-def _type_name(annotation: Any) -> str:
-    plain = isinstance(annotation, type) and not get_args(annotation)
-    return annotation.__name__ if plain else str(annotation).replace("typing.", "")
 
 
 def matching_modules(model: nn.Module, patterns: Iterable[str], key: str) -> dict[str, nn.Module]:

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 from trainkit.errors import PluginError, RecipeError, did_you_mean
-from trainkit.plugin import declared, option_types
+from trainkit.plugin import declared, option_types, type_name
 from trainkit.registry import base_name, installed
 
 __all__ = ["Recipe", "load_recipe", "make_options"]
@@ -211,8 +211,7 @@ def _convert(place: str, annotation: Any, value: Any) -> Any:
         message = _first_line(error).replace("'$VALUE'", repr(value)).replace("$VALUE_TYPE", type(value).__name__)
         raise RecipeError(f"{place}{inner}: {message}") from error
     if not _fits(converted, annotation):
-        expected = str(annotation).replace("typing.", "")
-        raise RecipeError(f"{place}: expected {expected}, got {value!r}")
+        raise RecipeError(f"{place}: expected {type_name(annotation)}, got {value!r}")
     return converted
 
 
