@@ -81,27 +81,10 @@ def _describe(record: Installed) -> dict[str, Any]:
     import attrs
 
     from trainkit.hooks import declared, load_class
+    from trainkit.plugin import options_of
 
     cls = load_class(record)
     hooks = [name for name, value in inspect.getmembers(cls) if hasattr(value, "trainkit_impl")]
-    options = [
-        {"name": f.alias, "type": _type_name(f.type), "default": _default(f.default)}
-        for f in attrs.fields(cls)
-        if f.init
-    ]
+    options = [attrs.asdict(option) for option in options_of(cls)]
     constraints = {key: list(declared(cls, key)) for key in ("after", "before", "conflicts", "claims")}
     return {"doc": inspect.getdoc(cls) or "", "options": options, "hooks": hooks, **constraints}
-
-
-def _type_name(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
-
-
-def _default(value: Any) -> str:
-    import attrs
-
-    if value is attrs.NOTHING:
-        return "required"
-    if isinstance(value, attrs.Factory):  # type: ignore[arg-type]
-        return repr(value.factory()) if not value.takes_self else "computed"
-    return repr(value)
