@@ -101,7 +101,11 @@ def test_what_is_wrong_with_a_wheel_is_said(checkout):
         archive.writestr("se_tests.py", "")
     project |= {"description": "Else.", "dependencies": [], "entry-points": {"trainkit.plugins": {"es": "se:ES"}}}
     said = " ".join(release.faults(path, project))
-    for part in ("Summary is 'Recalibrate", "it requires ['attrs', 'torch'", "files that are not its own: ['se_tests.py']"):
+    for part in (
+        "Summary is 'Recalibrate",
+        "it requires ['attrs', 'torch'",
+        "files that are not its own: ['se_tests.py']",
+    ):
         assert part in said
     assert "it has no entry point es in trainkit.plugins" in said
 
