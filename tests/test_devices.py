@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trainkit import Data, TrainkitError, fit, load_recipe
+from trainkit.build import build_with
 from trainkit.hooks import LoadedPlugin, load_plugins, register
 from trainkit.plugin import hookimpl, plugin
-from trainkit.run import build_with
 from trainkit.testing import build_run, fake_data
 from trainkit.trainer import Trainer
 

@@ -4,18 +4,19 @@ import json
 import sys
 import textwrap
 from importlib.metadata import EntryPoint
+from typing import Any
 
 import pytest
 import torch
 
 from trainkit import Schedule, __version__, build, fit
+from trainkit.build import build_with
 from trainkit.errors import PluginError, RunError, TrainkitError
 from trainkit.hooks import LoadedPlugin, register
 from trainkit.hookspecs import PHASES, Build
 from trainkit.plugin import hookimpl, plugin
 from trainkit.recipe import Recipe, from_dict
 from trainkit.registry import Installed
-from trainkit.run import build_with
 from trainkit.testing import build_run
 from trainkit.transforms import Map
 
@@ -130,7 +131,7 @@ def test_a_second_provider(hook):
 class Optimizer:
     """Gives an optimizer over other parameters than those it was asked for."""
 
-    change: object
+    change: Any
 
     @hookimpl
     def optimizer(self, params):

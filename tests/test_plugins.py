@@ -126,7 +126,7 @@ def test_they_import_nothing_heavy():
 
 @pytest.mark.parametrize("name", [name for name in PLUGINS if name not in NOT_HERE])
 def test_it_keeps_the_promises_of_every_plugin(name, monkeypatch):
-    monkeypatch.setattr("trainkit.testing.assert_light_imports", lambda *modules: None)  # all at once, above
+    monkeypatch.setattr("trainkit.testing.conformance.assert_light_imports", lambda *modules: None)  # above
     given = OPTIONS.get(name, recipe_lines(name)[name])
     beside = {other: load(other)(**options) for other, options in BESIDE.get(name, {}).items()}
     assert_conforms(load(name), beside=beside, **given)

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from trainkit.cli import main
-from trainkit.cli.resume import load_latest
 from trainkit.rundir import RunDir, pack_state
 
 EVERY = ["plugins.checkpoint.every_steps=1", "plugins.figures.every=0"]
@@ -86,7 +85,7 @@ def test_killed_at_twenty_random_moments_a_run_reaches_the_identical_end(small):
             process.kill()
             printed = process.communicate()[0]
         assert process.returncode == -signal.SIGKILL, printed
-        positions.append(load_latest(RunDir(out))[0]["position"]["step"])
+        positions.append(RunDir(out).load_latest()[0]["position"]["step"])
         command = ["resume", "out"]
     assert positions == sorted(positions)
     assert len(set(positions)) > 15, positions
@@ -132,7 +131,7 @@ def test_a_moved_run_continues(small, whole):
         ("plugins.grad_clip={}", "plugins.grad_clip was added"),
         ("seed=4", "seed was 0 and is 4"),
         ("batch_size=128", "batch_size was 256 and is 128"),
-        ("plugins.digits.test_fraction=0.3", "data.train was"),
+        ("plugins.digits.test_fraction=0.3", "environment.data.train.fingerprint was"),
     ],
 )
 def test_what_would_change_the_result_is_refused_by_name(small, capsys, override, said):

@@ -60,14 +60,14 @@ def test_json_has_null_for_what_json_cannot_say(tmp_path):
 def test_a_second_process_is_refused_and_a_dead_one_forgotten(tmp_path):
     hold = (
         "import sys, time; from pathlib import Path; from trainkit.rundir import RunDir\n"
-        "with RunDir(Path(sys.argv[1])).locked():\n    print('held', flush=True); time.sleep(60)"
+        "with RunDir(Path(sys.argv[1])).exclusive():\n    print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(UsageError, match="another process"), RunDir(tmp_path).locked():
+        with pytest.raises(UsageError, match="another process"), RunDir(tmp_path).exclusive():
             pass
         other.kill()
-    with RunDir(tmp_path).locked():
+    with RunDir(tmp_path).exclusive():
         pass
 
 

@@ -21,7 +21,7 @@ numbers = count()
 def made(tmp_path, monkeypatch):
     """Writes a plugin's class as a module and imports it; the check of its imports, which takes long, is left out."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("trainkit.testing.assert_light_imports", lambda *modules: None)
+    monkeypatch.setattr("trainkit.testing.conformance.assert_light_imports", lambda *modules: None)
 
     def write(body):
         module = f"made_{next(numbers)}"

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -248,7 +249,7 @@ def test_evaluation_restores_training_mode_and_ignores_gradients():
 
 @plugin
 class Metric:
-    value: object
+    value: Any
 
     @hookimpl
     def metrics(self, run, split):

@@ -16,29 +16,33 @@ _HOME = {
     "TrainkitError": "errors",
     "Recipe": "recipe",
     "load_recipe": "recipe",
+    "build": "build",
+    "Metric": "run",
     "Run": "run",
     "Schedule": "run",
-    "build": "run",
-    "Result": "trainer",
-    "evaluate": "trainer",
-    "fit": "trainer",
+    "Result": "session",
+    "evaluate": "session",
+    "fit": "session",
+    "resume": "session",
     "Gather": "transforms",
     "Map": "transforms",
 }
 
 if TYPE_CHECKING:
+    from trainkit.build import build as build
     from trainkit.data import Batch as Batch
     from trainkit.data import Data as Data
     from trainkit.data import TensorSplit as TensorSplit
     from trainkit.errors import TrainkitError as TrainkitError
     from trainkit.recipe import Recipe as Recipe
     from trainkit.recipe import load_recipe as load_recipe
+    from trainkit.run import Metric as Metric
     from trainkit.run import Run as Run
     from trainkit.run import Schedule as Schedule
-    from trainkit.run import build as build
-    from trainkit.trainer import Result as Result
-    from trainkit.trainer import evaluate as evaluate
-    from trainkit.trainer import fit as fit
+    from trainkit.session import Result as Result
+    from trainkit.session import evaluate as evaluate
+    from trainkit.session import fit as fit
+    from trainkit.session import resume as resume
     from trainkit.transforms import Gather as Gather
     from trainkit.transforms import Map as Map
 

@@ -1,13 +1,19 @@
 """Splits, batches and exact positions.
 
-A split is map-style: ``len(split)`` and ``split[i] -> (uint8 [C, H, W], int)``. A :class:`TensorSplit` lives on the
-device as a whole, and a batch of it is one indexing; any other split is decoded by the workers of a DataLoader.
+A split is map-style: ``len(split)`` and ``split[i] -> (uint8 [C, H, W], target)``. A :class:`TensorSplit` lives on the
+device as a whole, and a batch of it is one indexing; any other split is decoded by the workers of a DataLoader, each
+image under random generators that depend on seed, epoch and index alone.
 """
 
+from __future__ import annotations
+
+import random
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any, Protocol, runtime_checkable
@@ -19,21 +25,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trainkit.errors import DataError, RunError
-from trainkit.rng import stream
+from trainkit.rng import stream, torch_seed
 
-__all__ = ["Batch", "Batches", "Data", "Split", "TensorSplit", "epoch_permutation", "fingerprint"]
+__all__ = ["Batch", "Batches", "Data", "Split", "TensorSplit", "describe", "epoch_permutation"]
 
 
 @runtime_checkable
 class Split(Protocol):
-    """A map-style collection of labelled images."""
+    """A map-style collection of images with targets."""
 
     def __len__(self) -> int:
         """Return the number of images."""
         ...
 
-    def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
-        """Return a uint8 image [C, H, W] and its class, counted from 0."""
+    def __getitem__(self, index: int, /) -> tuple[Tensor, Any]:
+        """Return a uint8 image [C, H, W] and its target: a class, counted from 0, or a tensor of any shape."""
         ...
 
 
@@ -43,7 +49,7 @@ class TensorSplit:
 
     Args:
         images: uint8 [N, C, H, W].
-        targets: int64 [N], classes counted from 0.
+        targets: int64 [N], classes counted from 0; or any tensor [N, ...].
     """
 
     images: Tensor
@@ -52,18 +58,23 @@ class TensorSplit:
     def __attrs_post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
             raise DataError(f"images must be uint8 [N, C, H, W], not {describe(self.images)}")
-        if self.targets.dtype != torch.int64 or self.targets.shape != self.images.shape[:1]:
-            raise DataError(f"targets must be int64 [{len(self.images)}], not {describe(self.targets)}")
+        if not isinstance(self.targets, Tensor) or self.targets.shape[:1] != self.images.shape[:1]:
+            raise DataError(f"targets must be a tensor [{len(self.images)}, ...], not {describe(self.targets)}")
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], int(self.targets[index])
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        target = self.targets[index]
+        return self.images[index], int(target) if is_class(target) else target
 
-    def to(self, device: torch.device) -> "TensorSplit":
+    def to(self, device: torch.device) -> TensorSplit:
         """Return the split with its tensors on `device`."""
         return TensorSplit(self.images.to(device), self.targets.to(device))
+
+    def subset(self, indices: Tensor) -> TensorSplit:
+        """Return the split of these images, in this order; `indices` is int64 [n]."""
+        return TensorSplit(self.images[indices], self.targets[indices])
 
     def fingerprint(self) -> str:
         """Return a digest of every pixel and target, computed once."""
@@ -84,21 +95,54 @@ class Data:
     Args:
         train: the training split.
         test: the test split.
-        classes: class names, by target.
+        validation: images that are held out of training; where there are any, the best epoch, early stopping and
+            schedules look at them, and the test split is evaluated once, at the end.
+        more: other splits by name, evaluated on request.
+        classes: class names, by target; empty where targets are no classes.
         shape: channels, height and width of every image.
         workers: processes that decode a split that is not a :class:`TensorSplit`; 0 decodes in this process.
     """
 
     train: Split
     test: Split
+    validation: Split | None = None
+    more: Mapping[str, Split] = attrs.field(factory=dict)
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
     workers: int = 0
 
     def __attrs_post_init__(self) -> None:
-        for name in ("train", "test"):
-            if not len(getattr(self, name)):
+        for name, split in self.splits.items():
+            if not len(split):
                 raise DataError(f"the {name} split has no images; look at where the data plugin reads them")
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """All splits by name, ``train`` first."""
+        held_out = {} if self.validation is None else {"validation": self.validation}
+        return {"train": self.train, **held_out, "test": self.test, **self.more}
+
+    @property
+    def has_class_targets(self) -> bool:
+        """Whether the targets of the training split are classes: whole numbers, counted from 0."""
+        if isinstance(self.train, TensorSplit):
+            return is_class(self.train.targets[0])
+        return is_class(self.train[0][1])
+
+    def replace(self, **changes: Any) -> Data:
+        """Return this data set with some of its splits, or other attributes, replaced.
+
+        Args:
+            changes: values by the names of the class's arguments.
+        """
+        return attrs.evolve(self, **changes)
+
+
+def is_class(target: object) -> bool:
+    """Tell whether one image's target is a class: an integer, or an int64 tensor without dimensions."""
+    if isinstance(target, Tensor):
+        return target.dim() == 0 and target.dtype == torch.int64
+    return isinstance(target, int | np.integer) and not isinstance(target, bool)
 
 
 @attrs.define(eq=False)
@@ -107,25 +151,22 @@ class Batch:
 
     Args:
         images: [N, C, H, W]: uint8 as they come, float32 after the transforms.
-        targets: int64 [N], or float probabilities [N, classes] after a plugin mixed them.
+        targets: [N, ...]: int64 [N] classes, or float probabilities [N, classes] after a plugin mixed them, or what
+            the data have.
+        indices: int64 [N], each image's place in its split; None in a batch that a plugin made without them.
     """
 
     images: Tensor
     targets: Tensor
+    indices: Tensor | None = None
 
     def __len__(self) -> int:
-        return self.images.shape[0]  # a tensor's own len() costs three times as much
+        return self.images.shape[0]
 
 
 def epoch_permutation(seed: int, epoch: int, n: int) -> Tensor:
     """Return the order of a training epoch, int64 [n], a function of seed and epoch alone."""
     return torch.from_numpy(stream(seed, "order", epoch).permutation(n))
-
-
-def fingerprint(split: Split) -> str:
-    """Return what identifies a split's content: its own ``fingerprint()`` if it has one, else its length."""
-    own = getattr(split, "fingerprint", None)
-    return str(own()) if own is not None else f"{len(split)} images"
 
 
 class Batches:
@@ -136,17 +177,31 @@ class Batches:
         batch_size: images a batch; the last batch holds what is left.
         device: where batches are wanted.
         workers: worker processes for a split that must be decoded.
+        name: the split's name.
+        seed: of the random generators under which images are decoded.
+        drop_last: whether a last batch with fewer images is left out.
     """
 
-    def __init__(self, split: Split, batch_size: int, device: torch.device, workers: int = 0) -> None:
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        device: torch.device,
+        workers: int = 0,
+        *,
+        name: str = "train",
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> None:
         self.split = split.to(device) if isinstance(split, TensorSplit) else split
         self.batch_size = batch_size
         self.device = device
+        self.drop_last = drop_last
         self._sampler = _Positions()
         self._loader: DataLoader[Any] | None = None
         if not isinstance(self.split, TensorSplit):
             self._loader = DataLoader(
-                _Decoded(self.split),
+                _Decoded(self.split, name, seed),
                 batch_sampler=self._sampler,
                 num_workers=workers,
                 persistent_workers=workers > 0,
@@ -155,39 +210,52 @@ class Batches:
             )
 
     def __len__(self) -> int:
-        return (len(self.split) + self.batch_size - 1) // self.batch_size
+        """Return the number of batches of one pass over the split in its own order."""
+        return self.count(len(self.split))
 
-    def iterate(self, order: Tensor | None = None, start: int = 0) -> Iterator[Batch]:
+    def count(self, images: int) -> int:
+        """Return the number of batches that so many images make."""
+        return images // self.batch_size if self.drop_last else -(-images // self.batch_size)
+
+    def iterate(self, order: Tensor | None = None, start: int = 0, epoch: int = 0) -> Iterator[Batch]:
         """Yield the batches from number `start` on.
 
         Args:
             order: int64 indices of an epoch; None for the split's own order.
             start: the first batch wanted, counted from 0.
+            epoch: seeds the random generators under which images are decoded.
         """
+        if order is None:
+            order = torch.arange(len(self.split))
+        stop = self.count(len(order)) * self.batch_size
         first = start * self.batch_size
         if isinstance(self.split, TensorSplit):
-            images, targets = self.split.images, self.split.targets
-            if order is None:  # slices are views: nothing is copied
-                for i in range(first, len(images), self.batch_size):
-                    yield Batch(images[i : i + self.batch_size], targets[i : i + self.batch_size])
-                return
             order = order.to(self.device)
-            for i in range(first, len(order), self.batch_size):
-                index = order[i : i + self.batch_size]
-                yield Batch(images[index], targets[index])
-            return
+            for i in range(first, stop, self.batch_size):
+                indices = order[i : i + self.batch_size]
+                yield Batch(self.split.images[indices], self.split.targets[indices], indices)
+        else:
+            chunks = [order[i : i + self.batch_size].tolist() for i in range(first, stop, self.batch_size)]
+            yield from self._decode(chunks, order[:first], epoch)
+
+    def _decode(self, chunks: list[list[int]], before: Tensor, epoch: int) -> Iterator[Batch]:
         assert self._loader is not None
-        indices = range(len(self.split)) if order is None else order.tolist()
-        self._sampler.batches = [
-            list(indices[i : i + self.batch_size]) for i in range(first, len(indices), self.batch_size)
-        ]
+        seen = Counter(before.tolist())  # an image that is drawn again in one epoch gets other random numbers
+        self._sampler.batches = []
+        for chunk in chunks:
+            draws = []
+            for index in chunk:
+                draws.append((epoch, index, seen[index]))
+                seen[index] += 1
+            self._sampler.batches.append(draws)
         try:
             passing = iter(self._loader)
             if self._loader.num_workers and threading.current_thread() is threading.main_thread():
                 # torch's handler raises wherever Python happens to be; a dead worker is found at its next batch anyway
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for images, targets in passing:
-                yield Batch(images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
+            for images, targets, indices in passing:
+                moved = (tensor.to(self.device, non_blocking=True) for tensor in (images, targets, indices))
+                yield Batch(*moved)
         except Exception as error:
             if told := _from_worker(str(error)):
                 raise told from error
@@ -221,23 +289,57 @@ def _leave_signals_to_the_run(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-class _Decoded(Dataset[tuple[Tensor, int]]):
-    """A split as the Dataset that DataLoader's types ask for."""
+class _Decoded(Dataset[tuple[Tensor, Any, int]]):
+    """A split as the Dataset that DataLoader wants: checked, and each image under generators of its own."""
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: Split, name: str, seed: int) -> None:
         self.split = split
+        self.name = name
+        self.seed = seed
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.split[index]
+    def __getitem__(self, draw: tuple[int, int, int]) -> tuple[Tensor, Any, int]:
+        """Return an image, its target and its index.
+
+        Args:
+            draw: epoch, index, and how often the image was drawn before in this epoch.
+        """
+        epoch, index, repetition = draw
+        with _seeded(torch_seed(self.seed, f"data/{self.name}/{repetition}", epoch, index)):
+            image, target = self.split[index]
+        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.dim() != 3:
+            raise DataError(f"image {index} of the {self.name} split must be uint8 [C, H, W], not {describe(image)}")
+        if isinstance(target, float | np.floating):
+            target = torch.tensor(target, dtype=torch.float32)
+        if not isinstance(target, int | np.integer | Tensor):
+            raise DataError(
+                f"the target of image {index} of the {self.name} split must be a class or a tensor, not "
+                f"{describe(target)}"
+            )
+        return image, target, index
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of torch (on the CPU), numpy and random within the block; put them back after it."""
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])
 
 
 class _Positions:
     """The batch sampler of a DataLoader whose workers outlive an epoch: the batches of the coming pass."""
 
     def __init__(self) -> None:
-        self.batches: list[list[int]] = []
+        self.batches: list[list[tuple[int, int, int]]] = []
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         return iter(self.batches)
 
     def __len__(self) -> int:

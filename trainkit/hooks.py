@@ -6,24 +6,21 @@ Only what the recipe lists is imported and registered; what else is installed ca
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import attrs
 import pluggy
 from attrs import field
 
 from trainkit import hookspecs
-from trainkit.errors import CheckpointError, PluginError, RunError, TrainkitError, did_you_mean
+from trainkit.errors import PluginError, TrainkitError, blame, did_you_mean
+from trainkit.plugin import declared
 from trainkit.recipe import Recipe, make_options
-from trainkit.registry import Installed, find
+from trainkit.registry import Installed, base_name, find
 
-if TYPE_CHECKING:
-    from trainkit.run import Run
-
-__all__ = ["CallWrapper", "Hooks", "Implementation", "LoadedPlugin", "declared", "load_plugins", "register"]
+__all__ = ["CallWrapper", "Hooks", "Implementation", "LoadedPlugin", "load_plugins", "register"]
 
 #: Given a call, a plugin's name and a hook's name, returns what is called instead.
 CallWrapper = Callable[[Callable[..., Any], str, str], Callable[..., Any]]
@@ -36,6 +33,7 @@ class LoadedPlugin:
     name: str
     instance: Any
     installed: Installed | None = None
+    made: list[tuple[str, Any]] = field(init=False, factory=list)  #: hooks and what they returned, for :func:`blame`
 
     def __str__(self) -> str:
         origin = self.installed
@@ -46,87 +44,60 @@ class LoadedPlugin:
         """The version of its distribution."""
         return self.installed.version if self.installed else ""
 
-    def failed(self, where: str, error: BaseException, kind: type[TrainkitError]) -> TrainkitError:
-        """Return the error that names the plugin and its distribution for whatever it raised."""
-        if isinstance(error, TrainkitError):  # the plugin said what is wrong itself
-            return type(error)(f"{self}, {where}: {error}")
-        said = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")  # one paragraph
-        return kind(f"{self} failed in {where}: {said}")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the plugin's own state."""
-        try:
-            return dict(self.instance.state_dict())
-        except Exception as error:
-            raise self.failed("state_dict", error, RunError) from error
-
-    def load_state_dict(self, state: Any) -> None:
-        """Give the plugin its state back."""
-        try:
-            self.instance.load_state_dict(state)
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(
-                f"{self}: its state does not fit the recipe: {type(error).__name__}: {reason}"
-            ) from error
+    @property
+    def hooks(self) -> list[str]:
+        """The hooks that it implements."""
+        return [name for name, value in inspect.getmembers(type(self.instance)) if hasattr(value, "trainkit_impl")]
 
 
 @attrs.frozen(eq=False)
 class Implementation:
     """One plugin's part in one hook. Calling it takes all arguments of the hook by position."""
 
-    active: LoadedPlugin
+    plugin: LoadedPlugin
     hook: str
     call: Callable[..., Any]
-    hooks: Hooks
 
     def __call__(self, *args: Any) -> Any:
-        """Call the plugin; what it raises comes out as an error that names plugin, distribution, version and hook."""
-        try:
-            return self.call(*args)
-        except (Exception, SystemExit) as error:
-            raise self.failed(error) from error
+        """Call the plugin."""
+        return self.call(*args)
 
-    def failed(self, error: BaseException) -> TrainkitError:
-        """Return the error that names plugin, distribution, version and hook for what the plugin raised."""
-        return self.active.failed(self.hook, error, self.hooks.failure)
-
-    def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that a hook gave, so that what it raises later names the plugin, too."""
-        return attrs.evolve(self, call=function)
-
-    def checked(self, expected: type | tuple[type, ...], *args: Any) -> Any:
+    def checked(self, returns: type | tuple[type, ...], *args: Any) -> Any:
         """Call the plugin and hold what it returns against the type that the hook asks for."""
-        value = self(*args)
-        if not isinstance(value, expected):
-            raise self.wrong(value, expected)
+        value = self.call(*args)
+        if not isinstance(value, returns):
+            raise self.wrong(value, returns)
         return value
 
-    def wrong(self, value: object, expected: type | tuple[type, ...]) -> PluginError:
+    def make(self, returns: type | tuple[type, ...], *args: Any) -> Any:
+        """Call the plugin as :meth:`checked` does, and remember that it made what it returns."""
+        value = self.checked(returns, *args)
+        if value is not None and not any(value is arg for arg in args):
+            self.plugin.made.append((self.hook, value))
+        return value
+
+    def wrong(self, value: object, returns: type | tuple[type, ...]) -> PluginError:
         """Return the error for a result of the wrong type."""
-        types = expected if isinstance(expected, tuple) else (expected,)
+        types = returns if isinstance(returns, tuple) else (returns,)
         names = " or ".join("None" if t is type(None) else t.__name__ for t in types)
-        return PluginError(f"{self.active}, {self.hook}: expected {names}, got {type(value).__name__}")
+        return PluginError(f"{self.plugin}, {self.hook}: expected {names}, got {type(value).__name__}")
 
 
 @attrs.define(eq=False)
 class Hooks:
     """The hooks of one run.
 
-    pluggy registers plugins and checks their signatures; calls go straight to the implementations, in recipe order.
+    pluggy registers plugins and checks their signatures; calls go straight to the implementations, in recipe order. A
+    hook that nobody implements is bound to a function that does nothing, or to its default.
     """
 
     manager: pluggy.PluginManager
     plugins: Mapping[str, LoadedPlugin]
-    failure: type[TrainkitError] = PluginError  #: what a failing plugin raises: of a build at first, of a run later
-    instrument: CallWrapper | None = None  #: wraps every call, for profiling and tracing
-    _order: dict[int, int] = field(init=False)
+    wrap_call: CallWrapper | None = None  #: wraps every call, for profiling and tracing
+    _position: dict[int, int] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._order = {id(active.instance): n for n, active in enumerate(self.plugins.values())}
-
-    def __contains__(self, hook: str) -> bool:
-        return bool(self.implementations(hook))
+        self._position = {id(plugin.instance): n for n, plugin in enumerate(self.plugins.values())}
 
     def names(self) -> list[str]:
         """Return the names of all hooks, in the order of the lifecycle, those of plugins last."""
@@ -138,125 +109,149 @@ class Hooks:
         spec = getattr(self.manager.hook, hook).spec
         return getattr(spec.function, "trainkit_kind", "list") if spec else "list"
 
+    def order(self) -> list[tuple[str, str, list[str]]]:
+        """Return each hook that someone implements, its kind, and the plugins that are called, in order."""
+        callers = {hook: [impl.plugin.name for impl in self.implementations(hook)] for hook in self.names()}
+        return [(hook, self.kind(hook), plugins) for hook, plugins in callers.items() if plugins]
+
     def implementations(self, hook: str) -> list[Implementation]:
         """Return who implements a hook, in the order in which they are called."""
         caller = getattr(self.manager.hook, hook)
-        arguments = caller.spec.argnames
         found = []
         for impl in caller.get_hookimpls():
-            active = self.plugins[impl.plugin_name]
-            call = _positional(impl.function, list(impl.argnames), list(arguments))
-            if self.instrument is not None:
-                call = self.instrument(call, active.name, hook)
-            found.append(Implementation(active, hook, call, self))
-        return sorted(found, key=lambda i: self._order[id(i.active.instance)])
+            plugin = self.plugins[impl.plugin_name]
+            call = _positional(impl.function, impl.argnames, caller.spec.argnames)
+            if self.wrap_call is not None:
+                call = self.wrap_call(call, plugin.name, hook)
+            found.append(Implementation(plugin, hook, call))
+        return sorted(found, key=lambda impl: self._position[id(impl.plugin.instance)])
 
     def named(self, hook: str) -> str:
         """Return who implements a hook, for a message."""
-        return f"{' and '.join(str(i.active) for i in self.implementations(hook))}, {hook}"
+        return f"{' and '.join(str(impl.plugin) for impl in self.implementations(hook))}, {hook}"
 
-    def notify(self, hook: str, *, reverse: bool = False) -> Callable[..., None] | None:
-        """Return one function that calls every implementation, or None where there is none to call."""
-        found = tuple(reversed(self.implementations(hook)) if reverse else self.implementations(hook))
-        if not found:
-            return None
-        calls = [impl.call for impl in found]
+    def notify(self, hook: str) -> Callable[..., None]:
+        """Return one function that calls every implementation."""
+        calls = [impl.call for impl in self.implementations(hook)]
 
         def fire(*args: Any) -> None:
-            called = 0
-            try:  # one for all: a step passes through here several times
-                for called, call in enumerate(calls):  # noqa: B007 - names the one that fails
-                    call(*args)
-            except (Exception, SystemExit) as error:
-                raise found[called].failed(error) from error
+            for call in calls:
+                call(*args)
 
         return fire
 
-    def chain(self, hook: str, returns: type) -> Callable[[Run, Any], Any] | None:
-        """Return one function that passes a value through every implementation, or None where there is none."""
-        found = tuple(self.implementations(hook))
-        if not found:
-            return None
+    def chain(self, hook: str, returns: type) -> Callable[[Any, Any], Any]:
+        """Return one function that passes a value through every implementation; without any it returns the value."""
+        found = self.implementations(hook)
 
-        def fire(run: Run, value: Any) -> Any:
+        def fire(run: Any, value: Any) -> Any:
             for impl in found:
                 value = impl.checked(returns, run, value)
             return value
 
         return fire
 
-    def one(self, hook: str, returns: type | tuple[type, ...]) -> Callable[..., Any] | None:
-        """Return the only implementation of a hook, or None where there is none.
+    def one(
+        self, hook: str, returns: type | tuple[type, ...] = object, default: Callable[..., Any] | None = None
+    ) -> Callable[..., Any]:
+        """Return the only implementation of a hook, or its default where there is none.
+
+        Raises:
+            PluginError: two plugins implement it, or none does and there is no default.
+        """
+        impl = self.only(hook)
+        if impl is not None:
+            return lambda *args: impl.checked(returns, *args)
+        if default is None:
+            raise PluginError(
+                f"no plugin of the recipe provides {hook!r}; list one that does "
+                "(`trainkit plugins list` shows what is installed)"
+            )
+        return default
+
+    def only(self, hook: str) -> Implementation | None:
+        """Return the only implementation of a hook, or None.
 
         Raises:
             PluginError: two plugins implement it.
         """
         found = self.implementations(hook)
         if len(found) > 1:
-            names = " and ".join(str(i.active) for i in found)
+            names = " and ".join(str(impl.plugin) for impl in found)
             raise PluginError(
                 f"hook {hook!r} takes one provider, and {names} both provide it; "
-                f"drop one: `{found[-1].active.name}: false`"
+                f"drop one: `{found[-1].plugin.name}: false`"
             )
-        if not found:
-            return None
-        return partial(found[0].checked, returns)
-
-    def required(self, hook: str, returns: type | tuple[type, ...]) -> Callable[..., Any]:
-        """Return the only implementation of a hook.
-
-        Raises:
-            PluginError: no plugin implements it, or two do.
-        """
-        fire = self.one(hook, returns)
-        if fire is None:
-            raise PluginError(
-                f"no plugin of the recipe provides {hook!r}; list one that does "
-                "(`trainkit plugins list` shows what is installed)"
-            )
-        return fire
+        return found[0] if found else None
 
     def collect(self, hook: str, returns: type | tuple[type, ...], *args: Any) -> list[tuple[Implementation, Any]]:
         """Call every implementation and return their results, without None."""
         results = []
         for impl in self.implementations(hook):
             value = impl(*args)
-            if value is not None and not isinstance(value, returns):
+            if value is None:
+                continue
+            if not isinstance(value, returns):
                 raise impl.wrong(value, returns)
-            results += [(impl, value)] if value is not None else []
+            impl.plugin.made.append((hook, value))
+            results.append((impl, value))
         return results
 
+    @contextmanager
+    def blaming(self, kind: type[TrainkitError]) -> Iterator[None]:
+        """Name the plugin, distribution, version and hook that an exception within the block came through.
 
-def _positional(function: Callable[..., Any], wanted: list[str], offered: list[str]) -> Callable[..., Any]:
+        Args:
+            kind: what is raised in place of an exception that is not trainkit's own.
+        """
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            if named := self.explain(error, kind):
+                raise named from error
+            raise
+
+    def explain(self, error: BaseException, kind: type[TrainkitError]) -> TrainkitError | None:
+        """Return the error that names the plugins that `error` came through, or None where it came through none."""
+        through = blame(error, self.plugins.values())
+        if not through:
+            return None
+        inner, outer = through[0], through[-1]
+        called = f", called by {outer}" if outer.plugin is not inner.plugin else ""
+        if isinstance(error, TrainkitError) and str(error).startswith(tuple(map(str, self.plugins.values()))):
+            return None  # the core itself found what is wrong, and named the plugin
+        if isinstance(error, TrainkitError):  # the plugin said itself what is wrong
+            return type(error)(f"{inner}{called}: {error}")
+        said = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")  # one paragraph
+        return kind(f"{inner.plugin} failed in {inner.where}{called}: {said}")
+
+
+def _positional(function: Callable[..., Any], wanted: tuple[str, ...], offered: tuple[str, ...]) -> Callable[..., Any]:
     """Adapt an implementation that takes some of a hook's arguments to one that takes all of them by position."""
     if wanted == offered:
         return function
-    picked = [offered.index(name) for name in wanted]
-    if not picked:
-        return lambda *args: function()
-    pick = itemgetter(*picked)
-    if len(picked) == 1:  # an itemgetter of one returns no tuple
-        return lambda *args: function(pick(args))
-    return lambda *args: function(*pick(args))
+    positions = [offered.index(name) for name in wanted]
+    return lambda *args: function(*[args[position] for position in positions])
 
 
-def load_plugins(recipe: Recipe, instrument: CallWrapper | None = None) -> Hooks:
+def load_plugins(recipe: Recipe, wrap_call: CallWrapper | None = None) -> Hooks:
     """Import, construct, order-check and register the plugins that a recipe lists.
 
     Raises:
         PluginError: one is missing, broken, misplaced, in conflict, or implements a hook that does not exist.
         RecipeError: an option is unknown, has the wrong type or fails its validator.
     """
-    actives = []
+    plugins = []
     for name, found in find(recipe).items():
         cls = load_class(found)
         try:
-            actives.append(LoadedPlugin(name, make_options(recipe, name, cls), found))
+            plugins.append(LoadedPlugin(name, make_options(recipe, name, cls), found))
         except TrainkitError:
             raise
         except Exception as error:
-            raise LoadedPlugin(name, None, found).failed("its construction", error, PluginError) from error
-    return register(actives, recipe.where, instrument)
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            raise PluginError(f"{LoadedPlugin(name, None, found)} failed in its construction: {said}") from error
+    return register(plugins, recipe.where, wrap_call)
 
 
 def load_class(found: Installed) -> type:
@@ -274,84 +269,90 @@ def load_class(found: Installed) -> type:
     return cls
 
 
-def register(actives: Iterable[LoadedPlugin], where: str = "", instrument: CallWrapper | None = None) -> Hooks:
+def register(plugins: Iterable[LoadedPlugin], where: str = "", wrap_call: CallWrapper | None = None) -> Hooks:
     """Check the plugins against each other and register them with a fresh manager, in recipe order."""
-    plugins = {active.name: active for active in actives}
+    by_name = {plugin.name: plugin for plugin in plugins}
     manager = pluggy.PluginManager("trainkit")
     for phase in hookspecs.PHASES:
         manager.add_hookspecs(phase)
-    for active in plugins.values():
-        for spec in declared(type(active.instance), "hookspecs"):
+    for plugin in by_name.values():
+        for spec in declared(type(plugin.instance), "hookspecs"):
             manager.add_hookspecs(spec)
-    _check_order(plugins, where)
-    _check_exclusive(plugins, where)
+    _check_order(by_name, where)
+    _check_exclusive(by_name, where)
+    hooks = Hooks(manager, by_name, wrap_call)
+    for plugin in by_name.values():
+        check_methods(plugin, hooks)
     # pluggy calls the last registered first; registering in reverse makes its own order the recipe's order, too.
-    for active in reversed(plugins.values()):
+    for plugin in reversed(by_name.values()):
         try:
-            manager.register(active.instance, active.name)
+            manager.register(plugin.instance, plugin.name)
         except pluggy.PluginValidationError as error:
-            raise PluginError(f"{active}: {error}") from error
-    hooks = Hooks(manager, plugins, instrument=instrument)
-    _check_implementations(hooks)
+            raise PluginError(f"{plugin}: {' '.join(str(error).split())}") from error
+    for name in hooks.names():
+        if hooks.kind(name) == "one":
+            hooks.only(name)
     return hooks
 
 
-def declared(cls: type, constraint: str) -> tuple[Any, ...]:
-    """Return what a plugin's class declares as ``after``, ``before``, ...; an option of that name declares nothing."""
-    return () if constraint in attrs.fields_dict(cls) else tuple(getattr(cls, constraint, ()))
-
-
 def _check_order(plugins: Mapping[str, LoadedPlugin], where: str) -> None:
-    position = {name: n for n, name in enumerate(plugins)}
-    for name, active in plugins.items():
-        for earlier in declared(type(active.instance), "after"):
-            if position.get(earlier, -1) > position[name]:
-                raise PluginError(
-                    f"{where}: {active} must come after {earlier!r}: move the line `{name}:` below `{earlier}:`"
-                )
-        for later in declared(type(active.instance), "before"):
-            if position.get(later, len(plugins)) < position[name]:
-                raise PluginError(
-                    f"{where}: {active} must come before {later!r}: move the line `{name}:` above `{later}:`"
-                )
+    names = list(plugins)
+    for position, (name, plugin) in enumerate(plugins.items()):
+        for earlier in declared(type(plugin.instance), "after"):
+            for other in names[position + 1 :]:
+                if base_name(other) == earlier:
+                    raise PluginError(
+                        f"{where}: {plugin} must come after {other!r}: move the line `{name}:` below `{other}:`"
+                    )
+        for later in declared(type(plugin.instance), "before"):
+            for other in names[:position]:
+                if base_name(other) == later:
+                    raise PluginError(
+                        f"{where}: {plugin} must come before {other!r}: move the line `{name}:` above `{other}:`"
+                    )
 
 
 def _check_exclusive(plugins: Mapping[str, LoadedPlugin], where: str) -> None:
     holders: dict[str, LoadedPlugin] = {}
-    for active in plugins.values():
-        for other in declared(type(active.instance), "conflicts"):
-            if other in plugins:
-                raise PluginError(f"{where}: {active} cannot run beside {plugins[other]}; drop one: `{other}: false`")
-        for slot in declared(type(active.instance), "claims"):
+    for plugin in plugins.values():
+        for conflict in declared(type(plugin.instance), "conflicts"):
+            for name, other in plugins.items():
+                if base_name(name) == conflict and other is not plugin:
+                    raise PluginError(f"{where}: {plugin} cannot run beside {other}; drop one: `{name}: false`")
+        for slot in declared(type(plugin.instance), "claims"):
             if slot in holders:
                 raise PluginError(
-                    f"{where}: {holders[slot]} and {active} both claim {slot!r}; drop one: `{active.name}: false`"
+                    f"{where}: {holders[slot]} and {plugin} both claim {slot!r}; drop one: `{plugin.name}: false`"
                 )
-            holders[slot] = active
+            holders[slot] = plugin
 
 
-def _check_implementations(hooks: Hooks) -> None:
+def check_methods(plugin: LoadedPlugin, hooks: Hooks) -> None:
+    """Hold the methods of a plugin against the specifications of the hooks.
+
+    Raises:
+        PluginError: a hook does not exist, takes other arguments, is not marked, or is given options of pluggy's; or
+            the plugin has only one of ``state_dict`` and ``load_state_dict``.
+    """
+    cls = type(plugin.instance)
     known = hooks.names()
-    try:
-        hooks.manager.check_pending()
-    except pluggy.PluginValidationError as error:
-        for name in known:
-            caller = getattr(hooks.manager.hook, name)
-            for impl in caller.get_hookimpls():
-                if not caller.has_spec():
-                    near = did_you_mean(name, [k for k in known if k != name])
-                    raise PluginError(f"{hooks.plugins[impl.plugin_name]}: {name!r} is not a hook{near}") from error
-        raise PluginError(str(error)) from error
-    for active in hooks.plugins.values():
-        for name in known:
-            method = vars(type(active.instance)).get(name)
-            if inspect.isfunction(method) and not hasattr(method, "trainkit_impl"):
-                raise PluginError(f"{active}: {name!r} is a hook's name; mark the method with @hookimpl, or rename it")
-    for name in known:
-        for impl in getattr(hooks.manager.hook, name).get_hookimpls():
-            if impl.tryfirst or impl.trylast or impl.wrapper or impl.hookwrapper:
+    for name, method in inspect.getmembers(cls, inspect.isfunction):
+        options = getattr(method, "trainkit_impl", None)
+        if options is None:
+            if name in known:
+                raise PluginError(f"{plugin}: {name!r} is a hook's name; mark the method with @hookimpl, or rename it")
+            continue
+        if name not in known:
+            raise PluginError(f"{plugin}: {name!r} is not a hook{did_you_mean(name, known)}")
+        if any(options[key] for key in ("tryfirst", "trylast", "wrapper", "hookwrapper")):
+            raise PluginError(f"{plugin}, {name}: hookimpl takes no options; order is the recipe's order")
+        offered = getattr(hooks.manager.hook, name).spec.argnames
+        for argument in list(inspect.signature(method).parameters)[1:]:
+            if argument not in offered:
                 raise PluginError(
-                    f"{hooks.plugins[impl.plugin_name]}, {name}: hookimpl takes no options; order is the recipe's order"
+                    f"{plugin}, {name}: the hook has no argument {argument!r}{did_you_mean(argument, offered)}; "
+                    f"it offers {', '.join(offered)}"
                 )
-        if hooks.kind(name) == "one":
-            hooks.one(name, object)
+    if hasattr(cls, "state_dict") != hasattr(cls, "load_state_dict"):
+        has, lacks = ("state_dict", "load_state_dict")[:: 1 if hasattr(cls, "state_dict") else -1]
+        raise PluginError(f"{plugin} has {has} and no {lacks}: a checkpoint needs both; add {lacks}, or drop {has}")

@@ -1,8 +1,8 @@
 """The lifecycle contract: every hook that the core fires, one class a phase of life.
 
-A plugin implements a hook by giving a method its name and :data:`trainkit.hookimpl`; it may leave out arguments that
-it does not need. Order is the order of the recipe: the plugin listed first is called first, in teardown last. The kind
-of a hook says what becomes of the results:
+A plugin implements a hook by giving a method its name and :data:`trainkit.plugin.hookimpl`; it may leave out arguments
+that it does not need. Order is the order of the recipe: the plugin listed first is called first, in teardown last. The
+kind of a hook says what becomes of the results:
 
 * ``one``: exactly one plugin may implement it; a second is an error that names both;
 * ``chain``: each implementation gets what the one before it returned, and must return what the next one gets;
@@ -11,16 +11,21 @@ of a hook says what becomes of the results:
 
 The loop that fires them, as pseudocode::
 
-    data, transforms, model, transform_model, wrap_model, loss, optimizer, transform_optimizer, scheduler, contexts
+    data, transform_data, epoch_order, batches_per_step, transforms
+    model, transform_model, wrap_model, loss, optimizer, transform_optimizer, scheduler, contexts, provenance, built
     fit_start
     for each epoch:
-        epoch_start
+        epoch_start                                         (not when a run resumes inside the epoch)
+        epoch_order, train_start
         for each training batch:
-            transform_batch, [forward], forward_end, backward, gradients_ready, optimizer_step, step_end, safe_point
+            transform_batch, [forward], forward_end, transform_loss, backward
+            once the gradients of a step are complete:
+                gradients_ready, optimizer_step, step_end, safe_point
         metrics(split="train")
-        eval_model, for each test batch: transform_batch, [forward], forward_end
-        metrics(split="test")
+        eval_model, eval_start, for each batch of the validation or test split: transform_batch, [forward], forward_end
+        metrics(split="validation" or "test")
         epoch_end, log, safe_point
+    (with a validation split, the test split is evaluated here, once, as above)
     fit_end
 """
 
@@ -28,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pluggy
@@ -37,13 +43,12 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from trainkit.data import Batch, Data
-    from trainkit.run import Run, Schedule
+    from trainkit.run import Metric, Run, Schedule
     from trainkit.transforms import Transform
 
 __all__ = ["PHASES", "Build", "Evaluation", "Kind", "Life", "Step", "hookspec"]
 
 Kind = Literal["one", "chain", "list", "notify"]
-Split = Literal["train", "test"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 _pluggy_hookspec = pluggy.HookspecMarker("trainkit")
@@ -70,16 +75,54 @@ class Build:
             run: the run; ``run.recipe`` and ``run.device`` exist.
 
         Returns:
-            Training and test split, class names and image shape.
+            Training and test split (and others, such as ``validation``), class names and image shape.
+        """
+
+    @hookspec("chain")
+    def transform_data(self, run: Run, data: Data) -> Data:
+        """Change the data set: hold out a validation split, fold, take a subset, balance, relabel.
+
+        Args:
+            run: the run; ``run.recipe`` and ``run.device`` exist.
+            data: the data set so far.
+
+        Returns:
+            The data set that the run uses; :meth:`trainkit.Data.replace` makes one with other splits.
+        """
+
+    @hookspec("one")
+    def epoch_order(self, run: Run) -> Tensor:
+        """Choose the training images of an epoch and their order: samplers, repeated augmentation.
+
+        Called once at build for the number of images, and at the start of each epoch (again on a resume inside one).
+        Draw random numbers from ``run.rng`` alone, so that the same epoch has the same order whenever it is asked for.
+        The default is a permutation of all training images.
+
+        Args:
+            run: the run; ``run.data`` exists, ``run.epoch`` counts from 0.
+
+        Returns:
+            int64 [n], indices into the training split; an index may repeat. Every epoch has the same n.
+        """
+
+    @hookspec("one")
+    def batches_per_step(self, run: Run) -> int:
+        """Say how many training batches make one optimizer step; the default is 1.
+
+        Args:
+            run: the run; ``run.data`` and ``run.batches`` exist.
+
+        Returns:
+            At least 1. The last step of an epoch takes the batches that are left.
         """
 
     @hookspec("list")
-    def transforms(self, run: Run, split: Split) -> Transform | list[Transform] | None:
+    def transforms(self, run: Run, split: str) -> Transform | list[Transform] | None:
         """Provide image transforms of one split; called once for each split.
 
         Args:
             run: the run; ``run.data`` exists.
-            split: ``"train"`` or ``"test"``.
+            split: name of the split, such as ``"train"``, ``"validation"`` or ``"test"``.
 
         Returns:
             One transform, several in order, or None for no part in this split.
@@ -98,11 +141,11 @@ class Build:
 
     @hookspec("chain")
     def transform_model(self, run: Run, model: nn.Module) -> nn.Module:
-        """Change the network before it moves to the device: surgery, shared kernels, memory format.
+        """Change the network before the optimizer exists: start weights, surgery, shared kernels, memory format.
 
         Args:
             run: the run; ``run.data`` exists.
-            model: the network so far; changing it in place and returning it is fine.
+            model: the network so far, on the CPU; it may be changed in place and returned.
 
         Returns:
             The network that the run trains, counts and saves.
@@ -125,11 +168,11 @@ class Build:
         """Provide the loss function.
 
         Args:
-            run: the run; ``run.model`` exists.
+            run: the run; ``run.model`` exists. When the function is called, ``run.batch`` holds the images.
 
         Returns:
-            A function from logits [N, classes] and targets ([N] classes, or [N, classes] probabilities) to the mean
-            loss, a scalar.
+            A function from the network's output ([N, classes] logits) and targets (int64 [N] classes, or what the data
+            and ``transform_batch`` make of them) to the mean loss, a scalar.
         """
 
     @hookspec("one")
@@ -141,7 +184,7 @@ class Build:
             params: the trainable parameters, each shared one once.
 
         Returns:
-            An optimizer over exactly these parameters.
+            An optimizer over these parameters.
         """
 
     @hookspec("chain")
@@ -161,11 +204,12 @@ class Build:
         """Provide a learning-rate scheduler.
 
         Args:
-            run: the run; ``run.epochs`` and ``run.steps_per_epoch`` tell its length.
+            run: the run; ``run.total_epochs``, ``run.total_steps`` and ``run.steps_per_epoch`` tell its length.
             optimizer: the optimizer that the run steps.
 
         Returns:
-            The scheduler and its unit, ``"epoch"`` or ``"step"``; there is no default unit.
+            The scheduler and its unit, ``"epoch"`` or ``"step"`` (there is no default unit); for torch's
+            ``ReduceLROnPlateau`` also the metric that it looks at.
         """
 
     @hookspec("list")
@@ -177,6 +221,25 @@ class Build:
 
         Returns:
             A re-enterable context manager, such as ``torch.autocast("cpu", torch.bfloat16)``, or None.
+        """
+
+    @hookspec("list")
+    def provenance(self, run: Run) -> dict[str, Path | str | float] | None:
+        """Say what else the run's numbers depend on, beyond recipe, code, data, packages and machine.
+
+        Args:
+            run: the run; everything but ``built`` has happened.
+
+        Returns:
+            Values by name. A path stands for a file, which is recorded by its content's hash.
+        """
+
+    @hookspec("notify")
+    def built(self, run: Run) -> None:
+        """Everything is built, nothing is loaded from a checkpoint yet: copy the network, hook into the optimizer.
+
+        Args:
+            run: the run; all parts exist.
         """
 
 
@@ -209,20 +272,31 @@ class Life:
         """
 
     @hookspec("notify")
+    def train_start(self, run: Run) -> None:
+        """Begin to train on an epoch's batches, also on what is left of them when a run resumes inside the epoch.
+
+        The network has just been put into training mode, all of it: the place to put a part of it back into evaluation
+        mode, or to freeze parameters with ``requires_grad_(False)``. Frozen parameters may stay in the optimizer.
+
+        Args:
+            run: the run; ``run.epoch`` and ``run.batch_index`` count from 0.
+        """
+
+    @hookspec("notify")
     def epoch_end(self, run: Run, metrics: dict[str, float]) -> None:
-        """End an epoch, after its evaluation.
+        """End an epoch, after its evaluation; also where ``max_steps`` cuts an epoch short.
 
         Args:
             run: the run; ``run.epoch`` is still the epoch that ends, ``run.history[-1]`` is `metrics`.
-            metrics: ``epoch`` (from 1), ``step``, ``lr`` and each metric as ``train_<name>`` or ``test_<name>``; what a
-                plugin amends here is what later plugins, the history and the log see.
+            metrics: ``epoch`` (from 1; with a fraction where it was cut short), ``step``, ``lr`` and each metric as
+                ``<split>_<name>``; what a plugin amends here is what later plugins, the history and the log see.
         """
 
     @hookspec("notify")
     def safe_point(self, run: Run) -> None:
         """Counters, schedulers and data position agree: the only place to save or to stop.
 
-        Fired after every step whose gradients are used up, and again after every epoch's end.
+        Fired after every step, and again after every epoch's end.
 
         Args:
             run: the run; ``run.stop_reason`` is set when it is about to stop. Saving calls ``state_dict`` of every
@@ -240,15 +314,16 @@ class Life:
 
 
 class Step:
-    """One batch. These are bound once at the start of a fit; a hook that nobody implements costs nothing."""
+    """One batch. These are bound once, at the start of a fit."""
 
     @hookspec("chain")
     def transform_batch(self, run: Run, batch: Batch) -> Batch:
         """Change a batch on the device, after the image transforms: mixup, cutmix, memory format.
 
         Args:
-            run: the run; ``run.split`` tells whether the batch is for training or for testing.
-            batch: float images [N, C, H, W] and targets [N]; targets may become probabilities [N, classes].
+            run: the run; ``run.split`` tells which split the batch is of.
+            batch: float images [N, C, H, W], targets [N, ...] and indices [N]; targets may become probabilities
+                [N, classes].
 
         Returns:
             The batch, changed in place or new.
@@ -256,7 +331,7 @@ class Step:
 
     @hookspec("notify")
     def forward_end(self, run: Run, batch: Batch, output: Tensor, loss: Tensor) -> None:
-        """See what a forward pass gave, in training and in testing; ``run.split`` tells which.
+        """See what a forward pass gave, in training and in evaluation; ``run.split`` tells which.
 
         Nothing is to be changed in place: other plugins may keep it for a while.
 
@@ -267,16 +342,27 @@ class Step:
             loss: the mean loss of the batch, a scalar on the device; reading it with ``.item()`` stalls a GPU.
         """
 
+    @hookspec("chain")
+    def transform_loss(self, run: Run, loss: Tensor) -> Tensor:
+        """Change the loss of a training batch before the backward pass: add a term, scale it.
+
+        A plugin that scales the loss is listed after those that add terms to it.
+
+        Args:
+            run: the run; ``run.batch`` is the current batch, ``run.output`` what the network made of it.
+            loss: the loss so far, a scalar.
+
+        Returns:
+            The loss whose gradients are computed.
+        """
+
     @hookspec("one")
-    def backward(self, run: Run, loss: Tensor) -> bool | None:
+    def backward(self, run: Run, loss: Tensor) -> None:
         """Compute gradients; the default is ``loss.backward()``.
 
         Args:
-            run: the run; ``run.batch`` is the current batch.
-            loss: the mean loss of the batch.
-
-        Returns:
-            False while gradients are still being accumulated: no optimizer step follows then.
+            run: the run; ``run.completes_step`` tells whether a step follows this batch.
+            loss: what ``transform_loss`` made of the batch's mean loss.
         """
 
     @hookspec("notify")
@@ -319,16 +405,26 @@ class Evaluation:
             A module to call in place of the trained one, or None for that one.
         """
 
+    @hookspec("notify")
+    def eval_start(self, run: Run) -> None:
+        """Begin to evaluate a split: counters of that split begin anew. The network is in evaluation mode.
+
+        Args:
+            run: the run; ``run.split`` is the split's name.
+        """
+
     @hookspec("list")
-    def metrics(self, run: Run, split: Split) -> dict[str, Tensor | float] | None:
-        """Report, and forget, what was gathered over a split; called once at its end.
+    def metrics(self, run: Run, split: str) -> dict[str, Metric | Tensor | float] | None:
+        """Report what was gathered over a split; called at its end.
 
         Args:
             run: the run.
-            split: ``"train"`` or ``"test"``.
+            split: name of the split, such as ``"train"``, ``"validation"`` or ``"test"``.
 
         Returns:
-            Named values: numbers, or scalar tensors that may still be on the device. A duplicate name is an error.
+            Values by name: a :class:`trainkit.Metric` says whether less or more is better and whether progress shows
+            it; a plain number or scalar tensor (which may still be on the device) says neither. A name that another
+            plugin reports too is an error.
         """
 
 

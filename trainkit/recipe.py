@@ -9,22 +9,26 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import attrs
 import yaml
 from attrs import field
 from attrs.validators import ge, gt, optional
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 from trainkit.errors import PluginError, RecipeError, did_you_mean
+from trainkit.plugin import declared, option_types
+from trainkit.registry import base_name, installed
 
 __all__ = ["Recipe", "load_recipe", "make_options"]
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 20
-_REFERENCE = re.compile(r"\$\{[\w.]+\}")
+_REFERENCE = re.compile(r"\$\{[\w.@-]+\}")
+_PLUGIN = re.compile(r"[^@]+(@[A-Za-z0-9_-]+)?")
 
 
 def _slug(recipe: Recipe, attribute: attrs.Attribute[str], value: str) -> None:
@@ -46,10 +50,14 @@ class Recipe:
         batch_size: training images a step.
         test_batch_size: test images a batch; the training batch size when absent.
         max_steps: stop after this many steps, whatever `epochs` says.
-        device: ``auto`` (the first GPU, else the processor) or a torch device, such as ``cpu`` or ``cuda:1``.
+        eval_every: evaluate after every so many epochs, and after the last one.
+        drop_last: leave out the last training batch of an epoch where it is smaller than the others.
+        mixed_sizes: training and evaluation images may differ in size.
+        device: ``auto`` (the first GPU, else the CPU) or a torch device, such as ``cpu`` or ``cuda:1``.
         expect: what the recipe should reach, by metric; ``parameters`` is checked before training.
-        requires: requirements that provide plugins from elsewhere.
-        plugins: options by plugin name, in call order.
+        requires: requirements that provide plugins from elsewhere: a list, or a mapping from plugin name to
+            requirement, so that one distribution may hold several plugins.
+        plugins: options by plugin name, in call order. ``name@label`` lists the same plugin once more.
         path: the file that it was read from.
     """
 
@@ -61,9 +69,12 @@ class Recipe:
     batch_size: int = field(validator=ge(1))
     test_batch_size: int | None = field(default=None, validator=optional(ge(1)))
     max_steps: int | None = field(default=None, validator=optional(gt(0)))
+    eval_every: int = field(default=1, validator=ge(1))
+    drop_last: bool = False
+    mixed_sizes: bool = False
     device: str = "auto"
     expect: dict[str, int | float] = field(factory=dict)
-    requires: list[str] = field(factory=list)
+    requires: list[str] | dict[str, str] = field(factory=list)
     plugins: dict[str, Any] = field(factory=dict)
     path: Path | None = field(default=None, eq=False)
 
@@ -74,7 +85,11 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that :func:`load_recipe` reads back to an equal recipe."""
-        return attrs.asdict(self, filter=lambda a, v: a.name != "path" and v is not None and v not in ("", [], {}))
+
+        def is_written(attribute: attrs.Attribute[Any], value: Any) -> bool:
+            return attribute.name != "path" and value is not None and value not in ("", [], {})
+
+        return attrs.asdict(self, filter=is_written)
 
     def to_yaml(self) -> str:
         """Return the recipe as a YAML document."""
@@ -96,7 +111,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     path = Path(path)
     tree = _read_with_bases(path, root=path.parent, seen=())
     for key, value in _parse_overrides(overrides):
-        tree = _merge(tree, _nest(key, value))
+        tree = _override(tree, _nest(key, value))
     return from_dict(tree, path)
 
 
@@ -108,34 +123,58 @@ def from_dict(tree: Mapping[str, Any], path: Path | None = None) -> Recipe:
     """
     where = str(path) if path else "recipe"
     tree = dict(tree)
-    plugins = tree.get("plugins") or {}
-    if not isinstance(plugins, Mapping):
-        raise RecipeError(f"{where}: plugins: expected a mapping from plugin name to options")
-    kept: dict[str, dict[str, Any]] = {}
-    for name, options in plugins.items():
-        if options is False:
-            continue
-        if options is not None and options is not True and not isinstance(options, Mapping):
-            raise RecipeError(f"{where}: plugins.{name}: expected options (`key: value`), nothing, or false to drop it")
-        kept[str(name)] = dict(options) if isinstance(options, Mapping) else {}
-    tree["plugins"] = kept
+    tree["plugins"] = _listed_plugins(where, tree.get("plugins") or {})
+    _check_requires(where, tree.get("requires", []))
     if isinstance(tree.get("expect"), Mapping):  # `expect.parameters=null` withdraws what a base recipe expects
-        tree["expect"] = {k: v for k, v in tree["expect"].items() if v is not None}
+        tree["expect"] = {metric: value for metric, value in tree["expect"].items() if value is not None}
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
-        key = getattr(error, "full_key", None)
-        raise RecipeError(f"{where}: {key + ': ' if key else ''}{str(error).splitlines()[0]}") from error
+        place = f"{where}: {key}" if (key := getattr(error, "full_key", None)) else where
+        raise RecipeError(f"{place}: {_first_line(error)}") from error
     values = _checked(where, "", Recipe, cast(dict[str, Any], resolved))
     recipe: Recipe = _construct(where, "", Recipe, {**values, "path": path})
     return recipe
 
 
+def _listed_plugins(where: str, plugins: Any) -> dict[str, dict[str, Any]]:
+    """Return the options of each plugin that the recipe keeps."""
+    if not isinstance(plugins, Mapping):
+        raise RecipeError(f"{where}: plugins: expected a mapping from plugin name to options")
+    kept: dict[str, dict[str, Any]] = {}
+    for name, options in plugins.items():
+        if not _PLUGIN.fullmatch(str(name)):
+            raise RecipeError(
+                f"{where}: plugins.{name}: expected NAME or NAME@LABEL; a label is letters, digits, '_' and '-'"
+            )
+        if options is False:
+            continue
+        if options is not None and options is not True and not isinstance(options, Mapping):
+            raise RecipeError(f"{where}: plugins.{name}: expected options (`key: value`), nothing, or false to drop it")
+        kept[str(name)] = dict(options) if isinstance(options, Mapping) else {}
+    return kept
+
+
+def _check_requires(where: str, requires: Any) -> None:
+    given = list(requires.values()) if isinstance(requires, Mapping) else requires
+    if not isinstance(given, list) or not all(isinstance(requirement, str) for requirement in given):
+        raise RecipeError(
+            f'{where}: requires: expected a list of requirements, ["acme-trainkit-sam>=1.2"], or a mapping from plugin '
+            f'name to requirement, {{sam: "acme-trainkit-sam>=1.2"}}; got {requires!r}'
+        )
+
+
 def make_options(recipe: Recipe, name: str, cls: type) -> Any:
     """Return a plugin: its class, constructed from the options that the recipe gives it.
 
+    Args:
+        recipe: the recipe.
+        name: the plugin's key in the recipe, with its label.
+        cls: the plugin's class.
+
     Raises:
         RecipeError: an option is unknown, missing, of the wrong type, or fails its validator.
+        PluginError: the type of an option has no meaning, or cannot be checked.
     """
     prefix = f"plugins.{name}."
     return _construct(recipe.where, prefix, cls, _checked(recipe.where, prefix, cls, recipe.plugins[name]))
@@ -144,19 +183,19 @@ def make_options(recipe: Recipe, name: str, cls: type) -> Any:
 def _checked(where: str, prefix: str, cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """Hold values against the types of a class's fields and convert them (``1`` to ``1.0``, a list to a tuple)."""
     try:
-        attrs.resolve_types(cls)
-    except NameError as error:
-        raise PluginError(
-            f"{where}: {prefix.rstrip('.')}: an annotation of {cls.__name__} has no meaning: {error}"
-        ) from error
-    options = {f.alias or f.name: f for f in attrs.fields(cls) if f.init and not (cls is Recipe and f.name == "path")}
+        types = option_types(cls)
+    except PluginError as error:
+        raise PluginError(f"{where}: {prefix.rstrip('.')}: {error}" if prefix else f"{where}: {error}") from error
+    options = {option.alias or option.name: option for option in attrs.fields(cls) if option.init}
+    if cls is Recipe:
+        del options["path"]  # not a key of a recipe
     for key in given:
         if key not in options:
             raise RecipeError(f"{where}: {prefix}{key}: unknown key{did_you_mean(str(key), options) or _list(options)}")
     for key, option in options.items():
         if key not in given and option.default is attrs.NOTHING:
             raise RecipeError(f"{where}: {prefix}{key}: missing; the recipe must give it")
-    return {str(key): _convert(f"{where}: {prefix}{key}", options[key].type, value) for key, value in given.items()}
+    return {str(key): _convert(f"{where}: {prefix}{key}", types[key], value) for key, value in given.items()}
 
 
 def _convert(place: str, annotation: Any, value: Any) -> Any:
@@ -164,19 +203,59 @@ def _convert(place: str, annotation: Any, value: Any) -> Any:
     schema = attrs.make_class("Options", {"value": attrs.field(type=annotation)})
     try:
         config = OmegaConf.merge(OmegaConf.structured(schema), {"value": value})
-        return OmegaConf.to_container(config, throw_on_missing=True)["value"]  # type: ignore[call-overload,index]
+        options = OmegaConf.to_container(config, throw_on_missing=True, structured_config_mode=SCMode.INSTANTIATE)
+        converted = options.value  # type: ignore[union-attr]
     except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
         inner = str(getattr(error, "full_key", None) or "").removeprefix("value")
-        raise RecipeError(f"{place}{inner}: {str(error).splitlines()[0]}") from error
+        # omegaconf 2.4.0 leaves these two words in its message on an element of a tuple
+        message = _first_line(error).replace("'$VALUE'", repr(value)).replace("$VALUE_TYPE", type(value).__name__)
+        raise RecipeError(f"{place}{inner}: {message}") from error
+    if not _fits(converted, annotation):
+        expected = str(annotation).replace("typing.", "")
+        raise RecipeError(f"{place}: expected {expected}, got {value!r}")
+    return converted
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Tell whether a value is of a type.
+
+    omegaconf 2.4.0 lets any list and mapping pass for an element of type ``int | str`` in a list, tuple or dict.
+    """
+    origin = get_origin(annotation) or annotation
+    arguments = get_args(annotation)
+    if origin is Annotated:
+        return _fits(value, arguments[0])
+    if origin in (Union, UnionType):
+        return any(_fits(value, member) for member in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is Any:
+        return True
+    if not isinstance(value, origin):
+        return False
+    if origin is dict and arguments:
+        return all(_fits(element, arguments[1]) for element in value.values())
+    if origin is tuple and arguments and Ellipsis not in arguments:
+        return len(value) == len(arguments) and all(map(_fits, value, arguments))
+    if origin in (list, tuple) and arguments:
+        return all(_fits(element, arguments[0]) for element in value)
+    return True
 
 
 def _construct(where: str, prefix: str, cls: type, values: Mapping[str, Any]) -> Any:
     try:
         return cls(**values)
     except (ValueError, TypeError) as error:  # what attrs' validators raise
-        message = str(error.args[0]) if error.args else str(error)
-        key = m.group(1) if (m := re.search(r"'(\w+)'", message)) else ""
+        message = _first_line(error)
+        quoted = re.search(r"'(\w+)'", message)
+        key = quoted.group(1) if quoted else ""
         raise RecipeError(f"{where}: {prefix}{key}: {message}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """Return what an error says; attrs' validators put more into it than their message."""
+    said = str(error.args[0] if error.args and not isinstance(error, OmegaConfBaseException) else error)
+    return said.splitlines()[0] if said else type(error).__name__
 
 
 def _list(names: Mapping[str, Any]) -> str:
@@ -186,7 +265,8 @@ def _list(names: Mapping[str, Any]) -> str:
 def _read_with_bases(path: Path, root: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     resolved = path.resolve()
     if resolved in seen:
-        raise RecipeError(f"{path}: extends: goes in a circle through {', '.join(p.name for p in seen)}")
+        circle = ", ".join(each.name for each in seen)
+        raise RecipeError(f"{path}: extends: goes in a circle through {circle}")
     tree = _read(path)
     base = tree.pop("extends", None)
     if base is None:
@@ -197,11 +277,9 @@ def _read_with_bases(path: Path, root: Path, seen: tuple[Path, ...]) -> dict[str
     if "\0" in base or not target.resolve().is_relative_to(root.resolve()):
         raise RecipeError(f"{path}: extends: {base!r} lies outside the recipe's own folder; copy it there")
     if not target.exists():
-        near = did_you_mean(
-            target.name, sorted(p.name for p in target.parent.glob("*.yaml") if p.resolve() != resolved)
-        )
-        raise RecipeError(f"{path}: extends: {base!r} does not exist{near}")
-    return _merge(_read_with_bases(target, root, (*seen, resolved)), tree)
+        others = [each.name for each in sorted(target.parent.glob("*.yaml")) if each.resolve() != resolved]
+        raise RecipeError(f"{path}: extends: {base!r} does not exist{did_you_mean(target.name, others)}")
+    return _extend(_read_with_bases(target, root, (*seen, resolved)), tree)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -209,7 +287,7 @@ def _read(path: Path) -> dict[str, Any]:
         data = path.read_bytes() if path.stat().st_size <= MAX_BYTES else None
     except FileNotFoundError:
         folder = path.parent if path.parent.is_dir() else Path("recipes")
-        near = {p.name: p for p in sorted(folder.glob("*.yaml"))}
+        near = [each.name for each in sorted(folder.glob("*.yaml"))]
         close = did_you_mean(path.name, near) or did_you_mean(f"{path.name}.yaml", near)
         raise RecipeError(f"{path}: no such recipe{close}") from None
     except OSError as error:
@@ -247,7 +325,7 @@ def _parse(text: str, where: str) -> Any:
         problem = " ".join(str(error).split())
         raise RecipeError(f"{where}: YAML syntax: {problem}") from error
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise RecipeError(f"{where}: {str(error).splitlines()[0]}") from error
+        raise RecipeError(f"{where}: {_first_line(error)}") from error
     _refuse_resolvers(value, where)
     return value
 
@@ -255,14 +333,14 @@ def _parse(text: str, where: str) -> Any:
 def _refuse_resolvers(value: Any, where: str, key: str = "") -> None:
     """Only references to other keys, ``${epochs}``, may be interpolated: resolvers could read files or variables."""
     if isinstance(value, dict):
-        for k, v in value.items():
-            if not isinstance(k, str):
-                raise RecipeError(f"{where}: {key}{k!r}: keys must be text")
-            _refuse_resolvers(k, where, key)
-            _refuse_resolvers(v, where, f"{key}{k}.")
+        for inner, element in value.items():
+            if not isinstance(inner, str):
+                raise RecipeError(f"{where}: {key}{inner!r}: keys must be text")
+            _refuse_resolvers(inner, where, key)
+            _refuse_resolvers(element, where, f"{key}{inner}.")
     elif isinstance(value, list):
-        for n, v in enumerate(value):
-            _refuse_resolvers(v, where, f"{key}{n}.")
+        for position, element in enumerate(value):
+            _refuse_resolvers(element, where, f"{key}{position}.")
     elif isinstance(value, str) and "${" in _REFERENCE.sub("", value):
         raise RecipeError(f"{where}: {key.rstrip('.')}: {value!r}: only ${{key}} references are allowed, no resolvers")
 
@@ -273,7 +351,7 @@ def _parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple
     pairs = []
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"\w+(\.[\w-]+)*", key):
+        if not equals or not re.fullmatch(r"\w+(\.[\w@-]+)*", key):
             raise RecipeError(f"override {text!r}: expected KEY=VALUE, such as epochs=5 or plugins.se.reduction=8")
         if "\n" in value:
             raise RecipeError(f"override {text!r}: the value must be one line")
@@ -286,6 +364,56 @@ def _nest(key: str, value: Any) -> dict[str, Any]:
         value = {part: value}
     assert isinstance(value, dict)
     return value
+
+
+def _extend(base: dict[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge a recipe into the one that it extends.
+
+    An inherited plugin keeps its place. One that the child adds goes before the next plugin that the child lists and
+    the base has, else last.
+    """
+    merged = _merge(base, child)
+    old, listed = base.get("plugins"), child.get("plugins")
+    if not isinstance(old, Mapping) or not isinstance(listed, Mapping):
+        return merged
+    order = list(old)
+    place = len(order)
+    for name in reversed(listed):
+        if name in old:
+            place = order.index(name)
+        else:
+            order.insert(place, name)
+    merged["plugins"] = {name: merged["plugins"][name] for name in order}
+    return merged
+
+
+def _override(tree: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge an override into a recipe. A plugin that it adds goes to the last place that its ``before`` allows."""
+    merged = _merge(tree, change)
+    old, plugins = tree.get("plugins") or {}, merged.get("plugins")
+    if not isinstance(old, Mapping) or not isinstance(plugins, Mapping):
+        return merged
+    order = list(old)
+    for name, options in plugins.items():
+        if name in old:
+            continue
+        later = _declared_before(name) if options is not False else ()
+        listed = [other for other in order if plugins[other] is not False and base_name(other) in later]
+        order.insert(order.index(listed[0]) if listed else len(order), name)
+    merged["plugins"] = {name: plugins[name] for name in order}
+    return merged
+
+
+def _declared_before(name: str) -> tuple[str, ...]:
+    """Return what a plugin's class must precede. One that is missing or broken is reported when it is loaded."""
+    records = installed().get(base_name(name), [])
+    if len(records) != 1:
+        return ()
+    try:
+        cls = records[0].load()
+    except PluginError:
+        return ()
+    return declared(cls, "before") if isinstance(cls, type) and attrs.has(cls) else ()
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

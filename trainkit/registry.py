@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import re
 import shlex
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,25 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from trainkit import __version__
-from trainkit.errors import PluginError, did_you_mean
+from trainkit.errors import PluginError, TrainkitError, did_you_mean
 
 if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
     from trainkit.recipe import Recipe
 
-__all__ = ["COMMANDS", "PLUGINS", "Installed", "find", "installed", "missing_hint"]
+__all__ = [
+    "COMMANDS",
+    "PLUGINS",
+    "Installed",
+    "base_name",
+    "find",
+    "installed",
+    "missing_hint",
+    "only",
+    "requirements",
+    "source_of",
+]
 
 PLUGINS = "trainkit.plugins"
 COMMANDS = "trainkit.commands"
@@ -43,6 +57,8 @@ class Installed:
         """
         try:
             return self.entry_point.load()
+        except TrainkitError as error:  # such as what @plugin refuses
+            raise PluginError(f"plugin {self.name!r} ({self.distribution} {self.version}): {error}") from error
         except (Exception, SystemExit) as error:
             raise PluginError(
                 f"plugin {self.name!r} ({self.distribution} {self.version}) failed at import of {self.value}: "
@@ -55,11 +71,8 @@ class Installed:
         Raises:
             PluginError: it needs another version.
         """
-        from packaging.requirements import Requirement
-
         dist = self.entry_point.dist
-        for text in (dist.requires or []) if dist is not None else []:
-            needed = Requirement(text)
+        for needed in requirements(dist) if dist is not None else []:
             if needed.name == "trainkit" and not needed.specifier.contains(__version__, prereleases=True):
                 raise PluginError(
                     f"plugin {self.name!r} ({self.distribution} {self.version}) needs trainkit{needed.specifier}, "
@@ -68,86 +81,215 @@ class Installed:
 
     @property
     def source(self) -> str:
-        """Where it was installed from: ``editable``, ``wheel``, or a version-control reference; never a local path."""
+        """Where it was installed from: ``editable``, ``wheel``, ``local`` or a version-control reference.
+
+        Never a local path; ``unknown`` where the record of it is damaged.
+        """
         dist = self.entry_point.dist
-        text = dist.read_text("direct_url.json") if dist is not None else None
-        if not text:
+        if dist is None:
             return "wheel"
-        origin = json.loads(text)
-        if "vcs_info" in origin:
-            return f"{origin['url']}@{origin['vcs_info'].get('commit_id', '')}"
-        return "editable" if origin.get("dir_info", {}).get("editable") else "local"
+        try:
+            text = dist.read_text("direct_url.json")
+            return _origin(json.loads(text)) if text else "wheel"
+        except (ValueError, TypeError, AttributeError, KeyError):  # no JSON, or JSON of another shape
+            _report(f"direct_url.json of {self.distribution!r}", self.distribution)
+            return "unknown"
+
+
+def base_name(name: str) -> str:
+    """Return the plugin that a key of a recipe names: ``random_erasing`` for ``random_erasing@second``."""
+    return name.partition("@")[0]
 
 
 def installed(group: str = PLUGINS) -> dict[str, list[Installed]]:
-    """Return the installed entry points of a group by name; more than one of a name is for the caller to refuse."""
+    """Return the installed entry points of a group by name; more than one of a name is for the caller to refuse.
+
+    What is damaged is passed over; a message on the standard error stream names it once.
+    """
+    try:
+        entries = list(importlib.metadata.entry_points(group=group))
+    except Exception:  # one unreadable file of any installed package ends that call
+        entries = _readable_entry_points(group)
     found: dict[str, list[Installed]] = defaultdict(list)
-    for entry in importlib.metadata.entry_points(group=group):
+    for entry in entries:
         dist = entry.dist
         if dist is None:  # cannot happen for entry points read from metadata; keeps the types honest
             continue
-        meta = dist.metadata
-        record = Installed(entry.name, meta["Name"], dist.version, meta["Summary"] or "", entry.value, entry)
-        if record not in found[entry.name]:  # a checkout on sys.path can show one distribution twice
-            found[entry.name].append(record)
+        try:
+            meta = dist.metadata
+            name, version, summary = meta["Name"], meta["Version"], meta["Summary"] or ""
+        except Exception:  # parsing a damaged file may raise anything
+            name, version, summary = None, None, ""
+        if not name or not version:
+            _report(f"METADATA of the package that offers {entry.name!r} ({entry.value})", "it")
+            continue
+        record = Installed(_plain(entry.name), _plain(name), _plain(version), _plain(summary), entry.value, entry)
+        if record not in found[record.name]:  # a checkout on sys.path can show one distribution twice
+            found[record.name].append(record)
     return dict(sorted(found.items()))
 
 
+def requirements(dist: importlib.metadata.Distribution) -> list[Requirement]:
+    """Return what a distribution requires here, without its extras; a requirement that cannot be parsed is reported."""
+    from packaging.markers import UndefinedEnvironmentName
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    found = []
+    for text in dist.requires or []:
+        try:
+            needed = Requirement(text)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                found.append(needed)
+        except (InvalidRequirement, UndefinedEnvironmentName):
+            _report(f"Requires-Dist {text!r} of {dist.name!r}", dist.name)
+    return found
+
+
+def only(name: str, records: list[Installed]) -> Installed:
+    """Return the one installed plugin of a name.
+
+    Raises:
+        PluginError: two distributions claim the name.
+    """
+    if len(records) > 1:
+        claims = " and ".join(f"{record.distribution} {record.version}" for record in records)
+        raise PluginError(f"plugin {name!r} is claimed by {claims}; uninstall one of them")
+    return records[0]
+
+
 def find(recipe: Recipe) -> dict[str, Installed]:
-    """Return the installed plugin of each name that the recipe lists, in its order.
+    """Return the installed plugin of each key that the recipe lists, in its order.
 
     Raises:
         PluginError: plugins are not installed (all of them are named), or two distributions claim one name.
     """
     have = installed()
-    missing = [name for name in recipe.plugins if name not in have]
+    bases = {name: base_name(name) for name in recipe.plugins}
+    missing = [base for base in dict.fromkeys(bases.values()) if base not in have]
     if missing:
         raise PluginError(missing_hint(recipe, missing, have))
-    for name in recipe.plugins:
-        if len(have[name]) > 1:
-            claims = " and ".join(f"{i.distribution} {i.version}" for i in have[name])
-            raise PluginError(f"plugin {name!r} is claimed by {claims}; uninstall one of them")
-        have[name][0].check_requirement()
-    return {name: have[name][0] for name in recipe.plugins}
+    found = {name: only(base, have[base]) for name, base in bases.items()}
+    for record in found.values():
+        record.check_requirement()
+    return found
 
 
 def source_of(recipe: Recipe, name: str) -> str | None:
-    """Return what pip installs a plugin from: its folder in the recipe's checkout, or a requirement of the recipe."""
+    """Return what pip installs a plugin from, quoted for a shell, or None where nothing says so.
+
+    In this order: the requirement that the recipe's `requires` gives for its name, its folder in the recipe's checkout,
+    a requirement of the recipe whose project is called after it.
+    """
+    name = base_name(name)
+    if not name.isidentifier():
+        return None
+    named = recipe.requires.get(name) if isinstance(recipe.requires, dict) else None
+    if named and _is_plain(named):
+        return shlex.quote(named)
     start = (recipe.path or Path()).resolve()
     for folder in (*start.parents, Path.cwd()):
         home = folder / "plugins" / name
-        if name.isidentifier() and (home / "pyproject.toml").is_file():
+        if (home / "pyproject.toml").is_file():
             inside = home.is_relative_to(Path.cwd())
             return "-e " + shlex.quote(f"./{home.relative_to(Path.cwd())}" if inside else str(home))
-    for requirement in recipe.requires:
-        if not name.isidentifier() or not re.fullmatch(
-            r"[A-Za-z0-9][\w.-]*(\[[\w,-]+\])?[\s\w.,*<>=!~+]*", requirement
-        ):
-            continue  # an address or an option for pip is nothing to print as a command
+    given = recipe.requires.values() if isinstance(recipe.requires, dict) else recipe.requires
+    for requirement in given:
         project = re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
-        if project.endswith(f"trainkit-{name.replace('_', '-')}"):
+        if _is_plain(requirement) and project.endswith(f"trainkit-{name.replace('_', '-')}"):
             return shlex.quote(requirement)
     return None
 
 
 def missing_hint(recipe: Recipe, missing: list[str], have: dict[str, list[Installed]]) -> str:
     """Return the message for plugins that a recipe lists and that are not installed: what, and the cure for each."""
-    known = {name: source for name in missing if (source := source_of(recipe, name))}
+    missing = list(dict.fromkeys(map(base_name, missing)))
+    given = recipe.requires if isinstance(recipe.requires, dict) else {}
+    known, unknown = {}, []
+    for name in missing:
+        source = source_of(recipe, name)
+        if source:
+            known[name] = source
+        else:
+            unknown.append(name)
     parts = [f"{recipe.where}: " + _plural("plugin", missing) + " not installed"]
-    if known:
-        parts.append("install with: pip install " + " ".join(known.values()))
-    unknown = [name for name in missing if name not in known]
-    if unknown:
-        parts.append(
-            _plural("plugin", unknown) + " not to be found in this checkout's plugins/ or the recipe's `requires`; "
-            "correct the name, or add the requirement that provides it to `requires`"
-            + "".join(
-                f"; plugins.{name}: {near.removeprefix('; ')}" for name in unknown if (near := did_you_mean(name, have))
+    if known:  # one distribution may hold several plugins
+        parts.append("install with: pip install " + " ".join(dict.fromkeys(known.values())))
+    nowhere = [name for name in unknown if name not in given]
+    for name in unknown:
+        if name in given:
+            parts.append(
+                f"requires.{name}: {given[name]!r} is an address or an option, and not a project with its versions; "
+                "install it yourself if you trust it"
             )
+    if nowhere:
+        parts.append(
+            _plural("plugin", nowhere) + " not to be found in this checkout's plugins/ or the recipe's `requires`; "
+            "correct the name, or add the requirement that provides it to `requires`"
         )
+    for name in nowhere:
+        near = did_you_mean(name, have).removeprefix("; ")
+        if near:
+            parts.append(f"plugins.{name}: {near}")
     return "; ".join(parts)
 
 
+def _is_plain(requirement: str) -> bool:
+    """Tell a project with versions from an address or an option of pip, which is nothing to print as a command."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(\[[\w,-]+\])?[\s\w.,*<>=!~+]*", requirement) is not None
+
+
 def _plural(word: str, names: list[str]) -> str:
-    listed = ", ".join(repr(n) for n in names)
+    listed = ", ".join(repr(name) for name in names)
     return f"{word} {listed} is" if len(names) == 1 else f"{word}s {listed} are"
+
+
+def _origin(record: dict[str, Any]) -> str:
+    """Return where pip says that it installed from; see :attr:`Installed.source`."""
+    url: str = record["url"]
+    if "vcs_info" in record and not url.startswith("file:"):
+        return f"{url}@{record['vcs_info'].get('commit_id', '')}"
+    return "editable" if record.get("dir_info", {}).get("editable") else "local"
+
+
+def _plain(text: str) -> str:
+    """Return a stranger's text as one line without control characters, which a terminal would obey."""
+    line = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+
+
+def _readable_entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
+    """Read the distributions one by one, the first of a name alone, as importlib.metadata does for all at once."""
+    found: list[importlib.metadata.EntryPoint] = []
+    seen: set[str] = set()
+    for dist in importlib.metadata.distributions():
+        try:
+            name = re.sub(r"[-_.]+", "-", dist.name).lower()
+        except Exception:  # parsing a damaged file may raise anything
+            name = f"unnamed {len(seen)}"
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            found.extend(dist.entry_points.select(group=group))
+        except Exception:
+            if _may_offer_plugins(dist):
+                _report(f"entry_points.txt of {dist.name!r}", dist.name)
+    return found
+
+
+def _may_offer_plugins(dist: importlib.metadata.Distribution) -> bool:
+    """Tell whether a package whose entry points cannot be read could concern us: it is of trainkit, or requires it."""
+    try:
+        return any("trainkit" in text.lower() for text in (dist.name, *(dist.requires or [])))
+    except Exception:  # its name cannot be read either
+        return False
+
+
+_reported: set[str] = set()
+
+
+def _report(what: str, distribution: str) -> None:
+    """Say once that a file of an installed package is damaged. What is quoted in `what` went through repr."""
+    if what not in _reported:
+        _reported.add(what)
+        print(f"warning: {what} cannot be read and is passed over; reinstall {_plain(distribution)}", file=sys.stderr)

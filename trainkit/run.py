@@ -1,11 +1,12 @@
-"""Run: everything that a hook may see, and how a recipe becomes one."""
+"""Run: the parts of a run, its position, and its log: everything that a hook may see."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import attrs
@@ -14,77 +15,124 @@ import torch
 from attrs import field
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
-from trainkit.data import Batch, Batches, Data
-from trainkit.errors import CheckpointError, PluginError, RecipeError
-from trainkit.hooks import CallWrapper, Hooks, load_plugins
+from trainkit.data import Batch, Batches, Data, describe
+from trainkit.errors import CheckpointError, PluginError, RunError
+from trainkit.hooks import Hooks
 from trainkit.recipe import Recipe
-from trainkit.rng import stream, torch_seed
-from trainkit.transforms import Pipeline, Transform
+from trainkit.rng import stream
+from trainkit.transforms import Pipeline
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from trainkit.rundir import RunDir
 
-__all__ = ["Run", "Schedule", "best_of", "build", "count_parameters", "is_better", "to_host"]
+__all__ = ["Metric", "MetricInfo", "Run", "Schedule", "best_of", "count_parameters", "is_better", "to_host"]
+
+FLUSH_EVERY = 50  # records that wait on the device before they are copied to the host together
+
+Better = Literal["less", "more"]
 
 
 class Schedule(NamedTuple):
-    """A scheduler and when it steps: after every epoch or after every optimizer step."""
+    """A scheduler and when it steps: after every epoch or after every optimizer step.
+
+    Args:
+        scheduler: one of torch's, or a subclass.
+        unit: ``epoch`` or ``step``.
+        metric: what torch's ``ReduceLROnPlateau`` looks at, such as ``loss`` (of the validation or test split) or
+            ``train_loss``; None for all others.
+    """
 
     scheduler: LRScheduler
     unit: Literal["epoch", "step"]
+    metric: str | None = None
 
 
-@attrs.define(eq=False, kw_only=True)
+class Metric(NamedTuple):
+    """One value that the ``metrics`` hook reports.
+
+    Args:
+        value: a number, or a scalar tensor that may still be on the device.
+        better: whether ``less`` or ``more`` is better; None where neither is, and then it never makes a best epoch.
+        progress: whether the progress line shows it.
+    """
+
+    value: Tensor | float
+    better: Better | None = None
+    progress: bool = False
+
+
+class MetricInfo(NamedTuple):
+    """What a metric's plugin said of it: see :class:`Metric`."""
+
+    better: Better | None
+    progress: bool
+
+
+@attrs.define(eq=False, kw_only=True, repr=False)
 class Run:
     """One run. Plugins read it; what they may change is what hooks return, ``stop`` and ``log``.
 
-    The attributes from `data` to `schedules` exist as soon as the hook that provides them was called.
+    The attributes from `data` to `context` exist as soon as the hook that provides them was called.
     """
 
     recipe: Recipe
     hooks: Hooks
     device: torch.device
-    dir: RunDir | None = None  #: where this run writes; exists from ``fit_start`` to ``fit_end``
+    dir: RunDir | None = None  #: where this run writes; exists from ``fit_start`` on
 
     data: Data = field(init=False)
     batches: dict[str, Batches] = field(init=False)  #: by split
+    images_per_epoch: int = field(init=False)  #: training images of an epoch, without a last batch that is dropped
+    batches_per_step: int = 1  #: training batches whose gradients make one optimizer step
     transforms: dict[str, Pipeline] = field(init=False)  #: by split
     model: nn.Module = field(init=False)  #: the network that is trained, counted and saved
+    parameters: int = field(init=False)  #: trainable values of the network when it was built, each shared one once
     forward: nn.Module = field(init=False)  #: what is called: the network, perhaps compiled or wrapped
     loss: Callable[[Tensor, Tensor], Tensor] = field(init=False)
     optimizer: Optimizer = field(init=False)
     schedules: list[Schedule] = field(init=False)
     context: AbstractContextManager[Any] = field(init=False)  #: surrounds every forward pass
 
-    batches_per_step: int = 1  #: set by a plugin that accumulates gradients, before schedulers are built
     epoch: int = 0  #: epochs completed
     step: int = 0  #: optimizer steps completed
     batch_index: int = 0  #: training batches completed in this epoch
-    split: Literal["train", "test"] = "train"  #: what the current batch belongs to
-    batch: Batch | None = None  #: the current batch, after all transforms
-    history: list[dict[str, float]] = field(factory=list)  #: the metrics of each completed epoch
-    seconds: defaultdict[str, float] = field(factory=lambda: defaultdict(float))  #: wall time by part
     images: int = 0  #: training images seen
+    split: str = "train"  #: what the current batch belongs to
+    batch: Batch | None = None  #: the current batch, after all transforms
+    output: Tensor | None = None  #: what the network made of it
+    history: list[dict[str, float]] = field(factory=list)  #: the metrics of each completed epoch
+    metric_info: dict[str, MetricInfo] = field(factory=dict)  #: by ``<split>_<name>``, once it was reported
+    non_finite: list[float] = field(factory=list)  #: epochs that ended with weights or metrics that are not finite
+    tested: dict[str, float] = field(factory=dict)  #: the test split's metrics on the selected weights, at the end
+    seconds: dict[str, float] = field(factory=lambda: {"train": 0.0, "evaluation": 0.0, "total": 0.0})  #: wall time
     provenance: dict[str, Any] = field(factory=dict)  #: plugins, environment and data, as in the run directory
     resumed: list[dict[str, Any]] = field(factory=list)  #: where the run was continued, and what was changed then
     stop_reason: str | None = None  #: why the run is about to stop at the next safe point
     exit_code: int = 0  #: of the command that trains, when the run was asked to stop
+    failed: bool = False  #: whether a session failed, so that the parts may lie between two safe points
     pending: list[dict[str, Any]] = field(factory=list)  #: records not yet copied to the host
     _console: Console | None = field(default=None, alias="console")
+    _transform_batch: Callable[[Any, Any], Any] | None = field(init=False, default=None)
+
+    def __repr__(self) -> str:
+        place = f"epoch {self.epoch} of {self.recipe.epochs}, step {self.step}"
+        return f"<Run {self.recipe.name!r} on {self.device}: {place}>"
+
+    # Length and position
 
     @property
     def epochs(self) -> int:
-        """Epochs of the whole run."""
+        """Epochs of the whole run, as the recipe has them."""
         return self.recipe.epochs
 
     @property
     def batches_per_epoch(self) -> int:
         """Training batches an epoch."""
-        return len(self.batches["train"])
+        return self.batches["train"].count(self.images_per_epoch)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -92,15 +140,78 @@ class Run:
         return -(-self.batches_per_epoch // self.batches_per_step)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images that the network sees, after the training transforms."""
-        return self.data.shape[0], *self.transforms["train"].sizes(self.data.shape[1:])[-1]
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run: of all its epochs, or the recipe's ``max_steps`` where that is less."""
+        steps = self.epochs * self.steps_per_epoch
+        return min(steps, self.recipe.max_steps or steps)
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole run, one that ``max_steps`` cuts short included."""
+        return -(-self.total_steps // self.steps_per_epoch)
+
+    @property
+    def completes_step(self) -> bool:
+        """Whether the gradients of the current training batch complete those of an optimizer step."""
+        done = self.batch_index + 1
+        return done % self.batches_per_step == 0 or done == self.batches_per_epoch
+
+    @property
+    def selection_split(self) -> str:
+        """The split that is evaluated after epochs and selects the best one: ``validation`` if there is one."""
+        return "validation" if self.data.validation is not None else "test"
+
+    @property
+    def at_max_steps(self) -> bool:
+        """Whether the recipe's ``max_steps`` are taken."""
+        return self.recipe.max_steps is not None and self.step >= self.recipe.max_steps
+
+    @property
+    def epoch_ended(self) -> bool:
+        """Whether the last record of an epoch belongs to the current position."""
+        return bool(self.history) and self.history[-1]["step"] == self.step
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs, or the recipe's ``max_steps``, are done."""
-        limit = self.recipe.max_steps
-        return self.epoch >= self.recipe.epochs or (limit is not None and self.step >= limit)
+        """Whether all epochs, or the recipe's ``max_steps``, are done and recorded."""
+        return self.epoch >= self.recipe.epochs or (self.at_max_steps and self.epoch_ended)
+
+    def is_stopping(self) -> bool:
+        """Tell whether the run was asked to stop."""
+        return self.stop_reason is not None
+
+    def count(self, batch: Batch) -> None:
+        """Count a training batch whose gradients are computed."""
+        self.images += len(batch)
+        self.batch_index += 1
+
+    def advance_step(self) -> None:
+        """Count an optimizer step, and step the schedulers that follow steps."""
+        self.step += 1
+        for schedule in self.schedules:
+            if schedule.unit == "step":
+                schedule.scheduler.step()
+
+    def stop(self, reason: str, exit_code: int = 0) -> None:
+        """Ask the run to stop at its next safe point; the first reason is kept.
+
+        Args:
+            reason: for people, and for ``result.json``.
+            exit_code: of the command; other than 0 where the run should be continued: 143 is what a SIGTERM gives.
+        """
+        if self.stop_reason is None:
+            self.stop_reason, self.exit_code = reason, exit_code
+
+    # What plugins use
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the network sees, after the training transforms."""
+        return self.shape_of("train")
+
+    def shape_of(self, split: str) -> tuple[int, int, int]:
+        """Return channels, height and width of a split's images after its transforms."""
+        return self.data.shape[0], *self.transforms[split].sizes(self.data.shape[1:])[-1]
 
     @property
     def console(self) -> Console:
@@ -115,8 +226,36 @@ class Run:
         """Return the random stream of one purpose at the current training batch (see :mod:`trainkit.rng`)."""
         return stream(self.recipe.seed, purpose, self.epoch, self.batch_index)
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Apply the image transforms of the current split, then what plugins do to the batch."""
+        if self._transform_batch is None:
+            self._transform_batch = self.hooks.chain("transform_batch", Batch)
+        batch.images = self.transforms[self.split](batch.images, self.rng)
+        self.batch = self._transform_batch(self, batch)
+        return self.batch
+
+    def iterate(self, split: str) -> Iterator[Batch]:
+        """Yield the batches of a split exactly as the network sees them, outside the run's counters.
+
+        For batch-norm statistics, nearest neighbours, calibration. Nothing else of the run changes: neither its
+        position, nor any plugin's counters, nor random numbers of later batches.
+
+        Args:
+            split: a split's name; training images come in the order, and with the transforms, of the current epoch.
+        """
+        epoch_order = self.hooks.one("epoch_order", Tensor, default=lambda run: None)
+        order = epoch_order(self) if split == "train" else None
+        for number, batch in enumerate(self.batches[split].iterate(order, epoch=self.epoch)):
+            before = self.split, self.batch_index, self.batch
+            self.split, self.batch_index = split, number
+            try:
+                prepared = self.prepare(batch)
+            finally:
+                self.split, self.batch_index, self.batch = before
+            yield prepared
+
     def compute_loss(self, batch: Batch, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
-        """Return logits and mean loss of a batch, within the run's contexts.
+        """Return the network's output and the mean loss of a batch, within the run's contexts.
 
         Args:
             batch: float images and targets.
@@ -126,15 +265,15 @@ class Run:
             output = (self.forward if model is None else model)(batch.images)
             return output, self.loss(output, batch.targets)
 
-    def stop(self, reason: str, exit_code: int = 0) -> None:
-        """Ask the run to stop at its next safe point; the first reason is kept.
+    def metric_key(self, name: str) -> str:
+        """Return the key of a metric in records: ``accuracy`` is that of the validation or test split.
 
         Args:
-            reason: for people, and for ``result.json``.
-            exit_code: of the command; other than 0 where the run should be continued: 143 is what a SIGTERM gives.
+            name: a key such as ``train_loss``, or a metric's name alone.
         """
-        if self.stop_reason is None:
-            self.stop_reason, self.exit_code = reason, exit_code
+        known = {*self.metric_info, *(key for row in self.history for key in row)}
+        split = name.partition("_")[0]
+        return name if name in known or split in self.data.splits else f"{self.selection_split}_{name}"
 
     def log(self, values: Mapping[str, Tensor | float]) -> None:
         """Record values at the current step; scalar tensors stay on the device until many are copied at once.
@@ -143,32 +282,67 @@ class Run:
             values: numbers or scalar tensors by name. A tensor must not be changed in place afterwards.
         """
         self.pending.append({"epoch": self.epoch + 1, "step": self.step, **values})
+        if len(self.pending) >= FLUSH_EVERY:
+            self.flush_log()
 
     def flush_log(self) -> None:
         """Hand pending records to the ``log`` hook, after one copy from the device for all of them."""
         pending, self.pending = self.pending, []
         fire = self.hooks.notify("log")
-        if fire is not None:
-            for record in to_host(pending):
-                fire(self, record)
+        for record in to_host(pending):
+            fire(self, record)
+
+    @contextmanager
+    def clock(self, part: str) -> Iterator[None]:
+        """Add the time that the block takes to a part of the run; a GPU is waited for at both ends."""
+        self._synchronize()
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self.seconds[part] += perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a run needs to continue exactly from a safe point: tensors and plain values only."""
+        """Return what a run needs to continue exactly from a safe point: tensors and plain values only.
+
+        Raises:
+            RunError: a plugin's state, the optimizer's or a record holds what a checkpoint cannot hold.
+        """
         self.flush_log()
+        plugins = {}
+        for name, plugin in self.hooks.plugins.items():
+            if hasattr(plugin.instance, "state_dict"):
+                state = _plain(plugin.instance.state_dict(), f"{plugin}, state_dict", "")
+                plugins[name] = {"version": plugin.version, "state": state}
+        providers = self.hooks.named("optimizer")
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedules": [s.scheduler.state_dict() for s in self.schedules],
-            "plugins": {
-                name: {"version": active.version, "state": active.state_dict()}
-                for name, active in self.hooks.plugins.items()
-                if hasattr(active.instance, "state_dict")
+            "model": _plain(self.model.state_dict(), self.hooks.named("model"), ""),
+            "optimizer": _plain(self.optimizer.state_dict(), f"{providers}, the optimizer's state", ""),
+            "schedules": [
+                _plain(schedule.scheduler.state_dict(), self.hooks.named("scheduler"), "")
+                for schedule in self.schedules
+            ],
+            "plugins": plugins,
+            "position": {
+                "epoch": self.epoch,
+                "step": self.step,
+                "batch_index": self.batch_index,
+                "batch_size": self.recipe.batch_size,
+                "images_per_epoch": self.images_per_epoch,
             },
-            "position": {"epoch": self.epoch, "step": self.step, "batch_index": self.batch_index},
             "history": self.history,
+            "metric_info": {name: tuple(info) for name, info in self.metric_info.items()},
+            "non_finite": self.non_finite,
+            "tested": self.tested,
             "random": torch.get_rng_state(),
             "cost": {"images": self.images, "seconds": dict(self.seconds)},
-            "recipe": self.recipe.to_dict(),
             "provenance": self.provenance,
             "resumed": self.resumed,
         }
@@ -177,14 +351,17 @@ class Run:
         """Continue from what :meth:`state_dict` returned, on a run that was built from the same recipe.
 
         Raises:
-            CheckpointError: the state is of another model, optimizer or set of plugins.
+            CheckpointError: the state is of another model, optimizer, set of plugins or batch size.
         """
         try:
-            self._load(state)
+            with self.hooks.blaming(CheckpointError):
+                self._load(state)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint does not fit the recipe: {str(error).splitlines()[0]}") from error
 
     def _load(self, state: Mapping[str, Any]) -> None:
+        position = state["position"]
+        self._check_position(position)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for p, values in self.optimizer.state.items():  # fused kernels walk memory: its layout must be the parameter's
@@ -195,52 +372,97 @@ class Run:
             schedule.scheduler.load_state_dict(saved)
         for name, saved in state["plugins"].items():
             if name in self.hooks.plugins:
-                self.hooks.plugins[name].load_state_dict(saved["state"])
-        self.epoch = state["position"]["epoch"]
-        self.step = state["position"]["step"]
-        self.batch_index = state["position"]["batch_index"]
+                self.hooks.plugins[name].instance.load_state_dict(saved["state"])
+        self.epoch, self.step, self.batch_index = position["epoch"], position["step"], position["batch_index"]
         self.history = [dict(row) for row in state["history"]]
+        self.metric_info = {name: MetricInfo(*info) for name, info in state["metric_info"].items()}
+        self.non_finite = list(state["non_finite"])
+        self.tested = dict(state["tested"])
         self.images = state["cost"]["images"]
         self.seconds.update(state["cost"]["seconds"])
         self.resumed = list(state["resumed"])
         torch.set_rng_state(state["random"])
 
+    def _check_position(self, position: Mapping[str, Any]) -> None:
+        """Refuse a place within an epoch that other batches lead to: images would be seen twice, or never."""
+        if position["batch_index"] == 0:
+            return
+        for name, now in (("batch_size", self.recipe.batch_size), ("images_per_epoch", self.images_per_epoch)):
+            if position[name] != now:
+                raise CheckpointError(
+                    f"the checkpoint lies within an epoch, after {position['batch_index']} batches with {name} "
+                    f"{position[name]}, and it is {now} now: images would be seen twice or never; set it back, or "
+                    "continue from the end of an epoch"
+                )
 
-class _Nested(AbstractContextManager[None]):
-    """Several context managers entered as one, again and again."""
 
-    def __init__(self, contexts: list[AbstractContextManager[Any]]) -> None:
-        self.contexts = contexts
+def _plain(value: Any, owner: str, key: str) -> Any:
+    """Return state as tensors and plain values; numpy's scalars become Python's.
 
-    def __enter__(self) -> None:
-        for context in self.contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self.contexts):
-            context.__exit__(*error)
+    Raises:
+        RunError: a value would make a checkpoint that cannot be loaded.
+    """
+    if type(value) in (type(None), bool, int, float, complex, str, bytes, Tensor, nn.Parameter, torch.Size):
+        return value
+    if isinstance(value, np.generic) and not isinstance(value, np.void):
+        return value.item()
+    if isinstance(value, Mapping):
+        if any(type(k) not in (str, int, float, bool, tuple, type(None)) for k in value):
+            raise RunError(f"{owner}: {key or 'it'} has a key that is no text or number; a checkpoint cannot hold it")
+        items = {k: _plain(v, owner, f"{key}.{k}" if key else str(k)) for k, v in value.items()}
+        if isinstance(value, OrderedDict):  # a module's state dict carries versions of its layers in `_metadata`
+            ordered = OrderedDict(items)
+            ordered.__dict__.update(vars(value))
+            return ordered
+        return items
+    if isinstance(value, list | tuple | set | frozenset):
+        items_ = [_plain(v, owner, f"{key}.{n}" if key else str(n)) for n, v in enumerate(value)]
+        return items_ if isinstance(value, list) else tuple(items_) if isinstance(value, tuple) else type(value)(items_)
+    if isinstance(value, torch.dtype | torch.device):
+        return value
+    kind = f"{type(value).__module__.partition('.')[0]}.{type(value).__name__}"
+    raise RunError(
+        f"{owner}: {key!r} is a {kind}, which a checkpoint cannot hold: it would be saved and never loaded; return "
+        "tensors and plain values (numbers, text, lists, dicts)"
+    )
 
 
 def to_host(records: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Return the records with every scalar tensor as a number, after a single copy from the device."""
     tensors = [v.detach().double() for record in records for v in record.values() if isinstance(v, Tensor)]
     numbers = iter(torch.stack(tensors).tolist() if tensors else ())
-    return [{k: next(numbers) if isinstance(v, Tensor) else v for k, v in record.items()} for record in records]
+    return [
+        {name: next(numbers) if isinstance(value, Tensor) else _number(name, value) for name, value in record.items()}
+        for record in records
+    ]
 
 
-def is_better(metric: str, new: float, old: float) -> bool:
-    """Tell whether a metric's new value is better: less for losses and errors, greater for all others."""
-    return new < old if metric.endswith(("loss", "error")) else new > old
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool | int | float | np.number):
+        return value.item() if isinstance(value, np.number) else value
+    raise PluginError(f"expected a number or a scalar tensor as {name!r}, got {describe(value)}")
 
 
-def best_of(history: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Return the best value of each test metric and its epoch, as ``{name: {"value": ..., "epoch": ...}}``."""
+def is_better(better: Better, new: float, old: float) -> bool:
+    """Tell whether a metric's new value is better than the old one; what is not a number never is."""
+    return new < old if better == "less" else new > old
+
+
+def best_of(run: Run) -> dict[str, dict[str, float]]:
+    """Return the best value of each metric and its epoch, as ``{name: {"value": ..., "epoch": ...}}``.
+
+    Metrics that do not say what is better, and epochs that ended with weights or metrics that are not finite, are left
+    out.
+    """
     best: dict[str, dict[str, float]] = {}
-    for row in history:
+    for row in run.history:
+        if row["epoch"] in run.non_finite:
+            continue
         for name, value in row.items():
-            if not name.startswith("test_") or math.isnan(value):
+            info = run.metric_info.get(name)
+            if info is None or info.better is None or math.isnan(value):
                 continue
-            if name not in best or is_better(name, value, best[name]["value"]):
+            if name not in best or is_better(info.better, value, best[name]["value"]):
                 best[name] = {"value": value, "epoch": row["epoch"]}
     return best
 
@@ -248,120 +470,3 @@ def best_of(history: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 def count_parameters(model: nn.Module) -> int:
     """Return the number of trainable values, each shared one counted once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def build(recipe: Recipe, *, console: Console | None = None, instrument: CallWrapper | None = None) -> Run:
-    """Build all that a recipe describes, ready for :func:`trainkit.fit`. Nothing is written.
-
-    Args:
-        recipe: from :func:`trainkit.load_recipe`.
-        console: where plugins print for people; by default the standard output.
-        instrument: wraps every hook call, for profiling and tracing.
-
-    Raises:
-        TrainkitError: the recipe, a plugin or the data are wrong.
-    """
-    return build_with(recipe, load_plugins(recipe, instrument), console)
-
-
-def build_with(recipe: Recipe, hooks: Hooks, console: Console | None = None) -> Run:
-    """Build a run from plugins that are already active, wherever they came from."""
-    run = Run(recipe=recipe, hooks=hooks, device=_device(recipe), console=console)
-
-    run.data = hooks.required("data", Data)(run)
-    sizes = {"train": recipe.batch_size, "test": recipe.test_batch_size or recipe.batch_size}
-    run.batches = {
-        split: Batches(getattr(run.data, split), size, run.device, run.data.workers) for split, size in sizes.items()
-    }
-    run.transforms = {split: _pipeline(run, split) for split in sizes}
-
-    torch.manual_seed(torch_seed(recipe.seed, "model"))
-    model = hooks.required("model", nn.Module)(run)
-    if change := hooks.chain("transform_model", nn.Module):
-        model = change(run, model)
-    _expect_parameters(recipe, model)
-    run.model = model.to(run.device)
-    wrap = hooks.chain("wrap_model", nn.Module)
-    run.forward = wrap(run, run.model) if wrap else run.model
-    if strange := {*run.forward.parameters()} - {*run.model.parameters()}:
-        raise PluginError(
-            f"{hooks.named('wrap_model')}: what is called has {len(strange)} parameters that the network lacks; "
-            "nothing would train or save them; add them in transform_model"
-        )
-
-    loss = hooks.required("loss", Callable)(run)  # type: ignore[arg-type]
-    run.loss = hooks.implementations("loss")[0].guarded(loss)
-    params = [p for p in run.model.parameters() if p.requires_grad]
-    run.optimizer = hooks.required("optimizer", Optimizer)(run, params)
-    check_optimizer(run, hooks.named("optimizer"))
-    for impl in hooks.implementations("transform_optimizer"):
-        run.optimizer = impl.checked(Optimizer, run, run.optimizer)
-        check_optimizer(run, f"{impl.active}, transform_optimizer")
-    run.schedules = [_schedule(impl, s) for impl, s in hooks.collect("scheduler", Schedule, run, run.optimizer)]
-    contexts = [c for _, c in hooks.collect("contexts", AbstractContextManager, run)]
-    run.context = nullcontext() if not contexts else contexts[0] if len(contexts) == 1 else _Nested(contexts)
-    return run
-
-
-def check_optimizer(run: Run, who: str) -> None:
-    """Hold the optimizer's parameters against the network's trainable ones.
-
-    Raises:
-        PluginError: they are not the same; the message begins with `who`.
-    """
-    held = {p for group in run.optimizer.param_groups for p in group["params"]}
-    trained = {p for p in run.model.parameters() if p.requires_grad}
-    if held != trained:
-        raise PluginError(
-            f"{who}: the optimizer's parameters are not the network's: {len(trained - held)} trainable ones are "
-            f"missing and {len(held - trained)} strange ones are there; give it exactly the parameters offered"
-        )
-
-
-def _device(recipe: Recipe) -> torch.device:
-    name = recipe.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        return torch.empty(0, device=device).device  # with its number: `cuda` is the current GPU
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise RecipeError(
-            f"{recipe.where}: device: {name!r} cannot be used: {reason}; `auto` takes what there is"
-        ) from error
-
-
-def _pipeline(run: Run, split: str) -> Pipeline:
-    steps: list[tuple[str, Transform]] = []
-    for impl, result in run.hooks.collect("transforms", (Transform, list), run, split):
-        for number, step in enumerate(result if isinstance(result, list) else [result]):
-            if not isinstance(step, Transform):
-                raise impl.wrong(step, Transform)
-            purpose = f"{impl.active.name}/{split}" + (f"/{number}" if number else "")
-            steps.append((purpose, step))
-
-    def failed(purpose: str, error: Exception) -> Exception:
-        return run.hooks.plugins[purpose.partition("/")[0]].failed("its transform", error, run.hooks.failure)
-
-    pipeline = Pipeline(steps, failed)
-    pipeline.sizes(run.data.shape[1:])  # a transform that does not fit says so now, not at the first batch
-    return pipeline
-
-
-def _schedule(impl: Any, schedule: Schedule) -> Schedule:
-    if schedule.unit not in ("epoch", "step"):
-        raise PluginError(f"{impl.active}, scheduler: unit must be 'epoch' or 'step', not {schedule.unit!r}")
-    if isinstance(schedule.scheduler, ReduceLROnPlateau) or not isinstance(schedule.scheduler, LRScheduler):
-        raise impl.wrong(schedule.scheduler, LRScheduler)
-    return schedule
-
-
-def _expect_parameters(recipe: Recipe, model: nn.Module) -> None:
-    expected = recipe.expect.get("parameters")
-    found = count_parameters(model)
-    if expected is not None and found != expected:
-        raise RecipeError(
-            f"{recipe.where}: expect.parameters: the recipe expects {expected:,.0f} parameters and its model has "
-            f"{found:,}; correct the model's options, or set expect.parameters={found}"
-        )

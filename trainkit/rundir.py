@@ -14,18 +14,14 @@ Nothing inside is an absolute path, so the directory can be moved.
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,13 +31,12 @@ import attrs
 from trainkit.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from trainkit.hooks import LoadedPlugin
     from trainkit.recipe import Recipe
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["RunDir", "atomic_write", "environment", "flush_folder", "lock", "pack_state"]
+__all__ = ["RunDir", "atomic_write", "flush_folder", "pack_state"]
 
 DIGEST_SIZE = 32
 
@@ -125,8 +120,8 @@ class RunDir:
         return self.write(name, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the directory for this process alone; the lock of a process that died is gone with it.
+    def exclusive(self) -> Iterator[None]:
+        """Keep every other process from writing to the directory; the lock of a process that died is gone with it.
 
         Raises:
             UsageError: another process writes to it.
@@ -182,6 +177,23 @@ class RunDir:
             raise CheckpointError(f"{path}: not a checkpoint of trainkit")
         return state
 
+    def load_latest(self) -> tuple[dict[str, Any], str]:
+        """Read the last checkpoint that is whole.
+
+        Returns:
+            Its state, and what to tell the user when it is not the last one: the empty string otherwise.
+
+        Raises:
+            CheckpointError: neither ``last.pt`` nor ``previous.pt`` can be read.
+        """
+        try:
+            return self.load_state("last"), ""
+        except CheckpointError as error:
+            try:
+                return self.load_state("previous"), f"{error}; continuing from the one before it, previous.pt"
+            except CheckpointError:
+                raise error from None
+
     def read_json(self, name: str) -> Any:
         """Read a JSON file.
 
@@ -213,65 +225,3 @@ def pack_state(state: Mapping[str, Any]) -> bytes:
     # a torch file is a zip archive, and an archive may end in a comment, whose length stands in its last two bytes
     body = buffer.getvalue()[:-2] + DIGEST_SIZE.to_bytes(2, "little")
     return body + blake2b(body, digest_size=DIGEST_SIZE).digest()
-
-
-def lock(plugins: Mapping[str, LoadedPlugin], recipe: Recipe) -> list[dict[str, Any]]:
-    """Return what ``plugins.lock.json`` holds: each plugin, exactly, in call order."""
-    return [
-        {
-            "name": name,
-            "distribution": active.installed.distribution if active.installed else None,
-            "version": active.version,
-            "source": active.installed.source if active.installed else None,
-            "options": recipe.plugins.get(name, {}),
-        }
-        for name, active in plugins.items()
-    ]
-
-
-def environment() -> dict[str, Any]:
-    """Return what else a number depends on: interpreter, packages, processor, devices, threads, source revision."""
-    import torch
-
-    return {
-        **_fixed(),
-        "threads": torch.get_num_threads(),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "revision": _revision(),
-    }
-
-
-@cache
-def _fixed() -> dict[str, Any]:
-    """What does not change while the process lives."""
-    names = ("trainkit", "torch", "torchvision", "numpy", "pluggy", "attrs", "omegaconf", "pillow")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "packages": versions,
-    }
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def _revision() -> str | None:
-    """The git revision of the current directory, marked when files differ from it; None outside of a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None if found.returncode == 0 else None

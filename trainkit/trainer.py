@@ -1,407 +1,232 @@
 """The loop. It fires hooks and keeps counters; everything else is a plugin's.
 
-Nothing here waits for the device but the end of a pass over a split: no ``.item()``, no copy to the host, no list that
+Nothing here waits for the device but the ends of a pass over a split: no ``.item()``, no copy to the host, no list that
 grows.
 """
 
 from __future__ import annotations
 
-import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from time import perf_counter
-from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 
-from trainkit.data import Batch, epoch_permutation, fingerprint
-from trainkit.errors import PluginError, RunError, TrainkitError
+from trainkit.build import epoch_order
+from trainkit.data import Batch
+from trainkit.errors import PluginError
+from trainkit.hooks import Hooks
 from trainkit.rng import torch_seed
-from trainkit.run import Run, best_of, check_optimizer, count_parameters, to_host
-from trainkit.rundir import RunDir, environment, lock
+from trainkit.run import Metric, MetricInfo, Run, to_host
 
-__all__ = ["Result", "Trainer", "evaluate", "fit", "provenance"]
-
-FLUSH_EVERY = 50  # records that wait on the device before they are copied to the host together
+__all__ = ["Fire", "Trainer"]
 
 
-@attrs.frozen(kw_only=True)
-class Result:
-    """How a run ended; ``result.json`` holds the same.
+class Fire:
+    """The hooks that the loop fires, bound once: what nobody implements does nothing, or the default."""
 
-    Args:
-        status: ``completed``, ``stopped`` (at a safe point, by a plugin or a signal) or ``failed``.
-        reason: why it stopped or failed.
-        epochs: epochs completed.
-        steps: optimizer steps taken.
-        parameters: trainable values, each shared one counted once.
-        final: the last epoch's metrics.
-        best: for each test metric its best value and the epoch, the least for losses and errors, else the greatest.
-        expected: what the recipe says it should reach.
-        seconds: wall time by part.
-        images_per_second: training images over the time of training alone.
-        data_wait: the share of that time spent waiting for batches.
-        resumed: where the run was continued, and what was changed then.
-        path: the run directory, as given; not part of ``result.json``.
-    """
-
-    status: Literal["completed", "stopped", "failed"]
-    reason: str | None = None
-    epochs: int
-    steps: int
-    parameters: int
-    final: dict[str, float]
-    best: dict[str, dict[str, float]]
-    expected: dict[str, int | float]
-    seconds: dict[str, float]
-    images_per_second: float | None
-    data_wait: float | None
-    resumed: list[dict[str, Any]] = attrs.field(factory=list)
-    path: Path | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what ``result.json`` holds."""
-        plain: dict[str, Any] = attrs.asdict(self, filter=lambda a, _: a.name != "path")
-        return plain
+    def __init__(self, hooks: Hooks) -> None:
+        self.epoch_start = hooks.notify("epoch_start")
+        self.train_start = hooks.notify("train_start")
+        self.forward_end = hooks.notify("forward_end")
+        self.transform_loss = hooks.chain("transform_loss", Tensor)
+        self.backward = hooks.one("backward", default=lambda run, loss: loss.backward())
+        self.gradients_ready = hooks.notify("gradients_ready")
+        self.optimizer_step = hooks.one("optimizer_step", default=lambda run: run.optimizer.step())
+        self.step_end = hooks.notify("step_end")
+        self.eval_model = hooks.one("eval_model", (nn.Module, type(None)), default=lambda run: None)
+        self.eval_start = hooks.notify("eval_start")
+        self.epoch_end = hooks.notify("epoch_end")
+        self.safe_point = hooks.notify("safe_point")
+        self.log = hooks.notify("log")
 
 
 class Trainer:
-    """Binds the hooks of a run once and takes its steps."""
+    """Takes the steps of a run.
 
-    def __init__(self, run: Run, test_batches: int | None = None) -> None:
-        hooks = run.hooks
+    Args:
+        run: a run that is built.
+        max_steps: stop after so many steps of this trainer; for a trial.
+        eval_batches: evaluate only so many batches of a split; for a trial.
+    """
+
+    def __init__(self, run: Run, *, max_steps: int | None = None, eval_batches: int | None = None) -> None:
         self.run = run
-        self.test_batches = test_batches
-        self.epoch_start = hooks.notify("epoch_start")
-        self.transform_batch = hooks.chain("transform_batch", Batch)
-        self.forward_end = hooks.notify("forward_end")
-        self.backward = hooks.one("backward", (bool, type(None)))
-        self.gradients_ready = hooks.notify("gradients_ready")
-        self.optimizer_step = hooks.one("optimizer_step", object)
-        self.step_end = hooks.notify("step_end")
-        self.safe_point = hooks.notify("safe_point")
-        self.eval_model = hooks.one("eval_model", (nn.Module, type(None)))
-        self.epoch_end = hooks.notify("epoch_end")
-        self.log = hooks.notify("log")
-        self.step_schedulers = [s.scheduler for s in run.schedules if s.unit == "step"]
-        self.epoch_schedulers = [s.scheduler for s in run.schedules if s.unit == "epoch"]
-        cuda = run.device.type == "cuda"
-        self.generator = torch.cuda.default_generators[run.device.index or 0] if cuda else torch.default_generator
-        self.draws: bool | None = None  # whether the network draws random numbers; not known before a first step
-        self.seconds = run.seconds
-        self._clock = perf_counter()
-
-    def lap(self, part: str) -> None:
-        """Add the time since the last lap to a part of the run; whatever is done with test batches is evaluation."""
-        now = perf_counter()
-        self.seconds[part if self.run.split == "train" else "evaluation"] += now - self._clock
-        self._clock = now
+        self.fire = Fire(run.hooks)
+        self.last_step = None if max_steps is None else run.step + max_steps
+        self.eval_batches = eval_batches
 
     def train(self) -> None:
         """Train from the run's position to its end, or to a safe point at which it was asked to stop."""
-        run = self.run
-        self._clock = perf_counter()
-        while not (run.finished or self.stopping()):
-            if run.batch_index == 0 and self.epoch_start:
-                self.epoch_start(run)
-            self.train_epoch()
-            if self.stopping():
+        run, fire = self.run, self.fire
+        if run.is_stopping():
+            fire.safe_point(run)
+        while not (run.finished or run.is_stopping() or self.trial_over):
+            if run.batch_index == 0:
+                fire.epoch_start(run)
+            with run.clock("train"):
+                self.train_epoch()
+            if run.is_stopping():
                 return
-            metrics = self.gather_metrics("train")
-            self.lap("plugins")
-            metrics |= self.evaluate()
-            if self.stopping():  # stopped while testing: resuming repeats the test
-                self.at_safe_point()
+            metrics = self.metrics("train")
+            if self.evaluation_is_due:
+                metrics |= self.evaluate(run.selection_split)
+            if run.is_stopping():  # resuming repeats the evaluation
+                fire.safe_point(run)
                 return
             self.end_epoch(metrics)
 
-    def stopping(self) -> bool:
-        """Tell whether the run was asked to stop."""
-        return self.run.stop_reason is not None
+    @property
+    def trial_over(self) -> bool:
+        """Whether the steps of a trial are taken."""
+        return self.last_step is not None and self.run.step >= self.last_step
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether this epoch ends with an evaluation: every ``eval_every`` epochs, and the last epoch."""
+        run = self.run
+        done = run.epoch + 1
+        is_last = done == run.epochs or run.at_max_steps or self.trial_over
+        return is_last or done % run.recipe.eval_every == 0
 
     def train_epoch(self) -> None:
         """Take the steps that are left of this epoch."""
-        run = self.run
+        run, fire = self.run, self.fire
         run.split = "train"
         run.forward.train()
-        self.draws = None
-        indices = epoch_permutation(run.recipe.seed, run.epoch, len(run.data.train))
-        for batch in run.batches["train"].iterate(indices, run.batch_index):
-            self.lap("data")
+        fire.train_start(run)
+        if run.at_max_steps:  # resumed to repeat an evaluation
+            return
+        for batch in run.batches["train"].iterate(epoch_order(run), run.batch_index, run.epoch):
             if not self.train_step(batch):
                 continue
-            self.at_safe_point()
-            if self.stopping() or run.finished:
+            fire.safe_point(run)
+            if run.is_stopping() or run.at_max_steps or self.trial_over:
                 break
-        self.settle("backward")
-
-    def settle(self, part: str) -> None:
-        """Wait for a GPU, which may be steps behind, so that what it still does counts as this part."""
-        if self.run.device.type == "cuda":
-            torch.cuda.synchronize(self.run.device)
-        self.lap(part)
 
     def train_step(self, batch: Batch) -> bool:
-        """Take one step; returns False while gradients are still being accumulated."""
-        run = self.run
-        batch = self.prepare(batch)
-        seeded = self.seed() if self.draws is not False else None
-        output, loss = run.compute_loss(batch)
-        self.lap("forward")
-        if self.forward_end:
-            self.forward_end(run, batch, output, loss)
-            self.lap("plugins")
-        complete = True
-        if self.backward:
-            complete = self.backward(run, loss) is not False
-        else:
-            loss.backward()  # type: ignore[no-untyped-call]
-        if self.draws is None:
-            self.draws = seeded is None or not torch.equal(seeded, self.generator.get_state())
-        self.lap("backward")
-        run.images += len(batch)
-        run.batch_index += 1
-        if not complete:
+        """Train on one batch; returns False while gradients are still being accumulated."""
+        run, fire = self.run, self.fire
+        batch = run.prepare(batch)
+        seed_torch(run)
+        run.output, loss = run.compute_loss(batch)
+        fire.forward_end(run, batch, run.output, loss)
+        fire.backward(run, fire.transform_loss(run, loss))
+        completes_step = run.completes_step
+        run.count(batch)
+        if not completes_step:
             return False
-        if self.gradients_ready:
-            self.gradients_ready(run)
-            self.lap("plugins")
-        if self.optimizer_step:
-            self.optimizer_step(run)
-        else:
-            run.optimizer.step()
+        fire.gradients_ready(run)
+        fire.optimizer_step(run)
         run.optimizer.zero_grad()
-        run.step += 1
-        for scheduler in self.step_schedulers:
-            scheduler.step()
-        self.lap("optimizer")
-        if self.step_end:
-            self.step_end(run)
-        if len(run.pending) >= FLUSH_EVERY:
-            run.flush_log()
-            self.lap("plugins")
+        run.advance_step()
+        fire.step_end(run)
         return True
 
-    def prepare(self, batch: Batch) -> Batch:
-        """Apply the image transforms of the split, then what plugins do to the batch."""
-        run = self.run
-        batch.images = run.transforms[run.split](batch.images, run.rng)
-        self.lap("transforms")
-        if self.transform_batch:
-            batch = self.transform_batch(run, batch)
-            self.lap("plugins")
-        run.batch = batch
-        return batch
-
-    def seed(self) -> Tensor | None:
-        """Make what torch draws itself in this step, such as dropout, depend on the run's position alone.
-
-        Returns:
-            The generator's state, in an epoch's first step: unless it has changed by the step's end, the network draws
-            nothing, and the other steps of the epoch are spared the seeding.
-        """
-        run = self.run
-        self.generator.manual_seed(torch_seed(run.recipe.seed, "step", run.epoch, run.batch_index))
-        return self.generator.get_state() if self.draws is None else None
-
     @torch.no_grad()
-    def evaluate(self) -> dict[str, Tensor | float]:
-        """Evaluate the test split (what there is of it when asked to stop meanwhile) and return its metrics."""
-        run = self.run
-        model = (self.eval_model(run) if self.eval_model else None) or run.forward
+    def evaluate(self, split: str) -> dict[str, Metric]:
+        """Evaluate a split (part of it when asked to stop meanwhile) and return its metrics, ``<split>_<name>``."""
+        run, fire = self.run, self.fire
+        model = fire.eval_model(run) or run.forward
         was_training = model.training
         model.eval()
-        run.split = "test"
+        run.split = split
         try:
-            for number, batch in enumerate(run.batches["test"].iterate()):
-                if number == self.test_batches or self.stopping():
-                    break
-                prepared = self.prepare(batch)
-                output, loss = run.compute_loss(prepared, model)
-                if self.forward_end:
-                    self.forward_end(run, prepared, output, loss)
-            metrics = self.gather_metrics("test")
-        except BaseException:
-            with suppress(Exception):  # what was gathered of a failed test must not count in the next one
-                self.gather_metrics("test")
-            raise
+            with run.clock("evaluation"):
+                fire.eval_start(run)
+                for number, batch in enumerate(run.batches[split].iterate()):
+                    if run.is_stopping() or number == self.eval_batches:
+                        break
+                    prepared = run.prepare(batch)
+                    output, loss = run.compute_loss(prepared, model)
+                    fire.forward_end(run, prepared, output, loss)
+                return self.metrics(split)
         finally:
             run.split = "train"
             model.train(was_training)
-        self.settle("evaluation")
-        return metrics
 
-    def gather_metrics(self, split: str) -> dict[str, Tensor | float]:
+    def metrics(self, split: str) -> dict[str, Metric]:
         """Collect the named values of a split, as ``<split>_<name>``."""
-        metrics: dict[str, Tensor | float] = {}
-        owners: dict[str, Any] = {}
-        for impl, values in self.run.hooks.collect("metrics", dict, self.run, split):
-            for name, value in values.items():
-                key = f"{split}_{name}"
-                if key in metrics:
-                    raise PluginError(f"{owners[key]} and {impl.active} both report the metric {name!r}")
-                if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.dim() == 0):
-                    got = type(value).__name__
-                    raise PluginError(
-                        f"{impl.active}, metrics: expected a number or a scalar tensor as {name!r}, got {got}"
-                    )
-                metrics[key], owners[key] = value, impl.active
-        return metrics
-
-    def end_epoch(self, metrics: dict[str, Tensor | float]) -> None:
-        """Complete the epoch: metrics to the host in one copy, hooks, schedulers, counters, safe point."""
         run = self.run
+        found: dict[str, Metric] = {}
+        owners: dict[str, Any] = {}
+        for impl, values in run.hooks.collect("metrics", dict, run, split):
+            for name, reported in values.items():
+                metric = reported if isinstance(reported, Metric) else Metric(reported)
+                key = f"{split}_{name}"
+                if key in found:
+                    raise PluginError(f"{owners[key]} and {impl.plugin} both report the metric {name!r}")
+                value = metric.value
+                if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.dim() == 0):
+                    raise PluginError(
+                        f"{impl.plugin}, metrics: expected a number or a scalar tensor as {name!r}, got "
+                        f"{type(value).__name__}"
+                    )
+                found[key], owners[key] = metric, impl.plugin
+                run.metric_info[key] = MetricInfo(metric.better, metric.progress)
+        return found
+
+    def end_epoch(self, metrics: dict[str, Metric]) -> None:
+        """Complete the epoch: metrics to the host in one copy, hooks, schedulers, counters, safe point."""
+        run, fire = self.run, self.fire
         run.flush_log()
-        lr = run.optimizer.param_groups[0]["lr"]
-        (record,) = to_host([{"epoch": run.epoch + 1, "step": run.step, "lr": float(lr), **metrics}])
+        complete = run.batch_index == run.batches_per_epoch  # else max_steps cuts it short
+        record = self.record(run.epoch + (1 if complete else run.batch_index / run.batches_per_epoch), metrics)
         run.history.append(record)
-        if self.epoch_end:
-            self.epoch_end(run, record)
-        if self.log:
-            self.log(run, record)
-        for scheduler in self.epoch_schedulers:
-            scheduler.step()
-        run.epoch += 1
-        run.batch_index = 0
-        self.lap("plugins")
-        self.at_safe_point()
+        fire.epoch_end(run, record)
+        run.history[-1] = record = to_host([record])[0]  # what a plugin put there is made plain
+        self.note_non_finite(record)
+        fire.log(run, record)
+        if complete:
+            for schedule in run.schedules:
+                self.step_epoch_schedule(schedule, record)
+            run.epoch += 1
+            run.batch_index = 0
+        fire.safe_point(run)
 
-    def at_safe_point(self) -> None:
-        """Tell plugins that the run may be saved or stopped here."""
-        if self.safe_point:
-            self.safe_point(self.run)
-            self.lap("plugins")
+    def record(self, epoch: float, metrics: dict[str, Metric]) -> dict[str, float]:
+        """Return a record of metrics at the current step, as numbers, after one copy from the device."""
+        run = self.run
+        lr = float(run.optimizer.param_groups[0]["lr"])
+        values = {name: metric.value for name, metric in metrics.items()}
+        (record,) = to_host([{"epoch": epoch, "step": run.step, "lr": lr, **values}])
+        return record
 
+    def note_non_finite(self, record: dict[str, float]) -> None:
+        """Note an epoch whose weights, or a metric that says what is better, are not finite: it is never the best."""
+        run = self.run
+        judged = [record[k] for k, info in run.metric_info.items() if info.better is not None and k in record]
+        weights = [p.detach() for p in run.model.parameters() if p.is_floating_point()]
+        norms = torch.stack([norm.double() for norm in torch._foreach_norm(weights)]) if weights else torch.zeros(1)
+        values = to_host([{"weights": norms.sum(), **{str(n): value for n, value in enumerate(judged)}}])[0]
+        if not all(abs(value) < float("inf") for value in values.values()):
+            run.non_finite.append(record["epoch"])
 
-def fit(run: Run, run_dir: str | Path | None = None, *, test_batches: int | None = None) -> Result:
-    """Train a run to its end and return what came of it.
+    def step_epoch_schedule(self, schedule: Any, record: dict[str, float]) -> None:
+        """Step a scheduler that follows epochs; one that looks at a metric waits until it was reported.
 
-    The first Ctrl-C stops at the next safe point, and the result's status is then ``stopped``; a second one raises
-    ``KeyboardInterrupt`` at once. Signal handlers are put back afterwards, so a notebook stays usable.
-
-    Args:
-        run: from :func:`trainkit.build`.
-        run_dir: a new directory to write to; by default ``runs/<recipe>/<time>-<seed>``.
-        test_batches: evaluate only so many test batches; a check, not a result.
-
-    Raises:
-        TrainkitError: the run directory cannot be made, or the run fails.
-    """
-    new = run.dir is None
-    run.dir = run.dir or RunDir.create(run.recipe, Path(run_dir) if run_dir is not None else None)
-    try:
-        with run.dir.locked():
-            return _fit(run, run.dir, test_batches)
-    except TrainkitError:
-        if new and run.hooks.failure is not RunError:  # nothing has begun, so nothing is left behind
-            shutil.rmtree(run.dir.path)
-            run.dir = None
-        raise
-
-
-def _fit(run: Run, run_dir: RunDir, test_batches: int | None) -> Result:
-    run.provenance = provenance(run)
-    run_dir.write("recipe.yaml", run.recipe.to_yaml())
-    run_dir.write_json("plugins.lock.json", run.provenance["plugins"])
-    run_dir.write_json("environment.json", run.provenance["environment"])
-    (run_dir.path / "result.json").unlink(missing_ok=True)  # a resumed run has not ended yet
-    trainer = Trainer(run, test_batches)
-    error: BaseException | None = None
-    with _signals(run):
-        try:
-            for impl in run.hooks.implementations("fit_start"):
-                impl(run)
-                check_optimizer(run, f"{impl.active}, fit_start")
-            run.hooks.failure = RunError  # from here on it is the run that fails, whatever is wrong
-            trainer.train()
-            run.flush_log()
-        except BaseException as caught:
-            error = caught
-            with suppress(Exception):  # what was seen before the failure; a lost device cannot tell
-                run.flush_log()
-        try:
-            error = _fit_end(run, error)
-        finally:
-            result = _result(run, error)
-            run_dir.write_json("result.json", result.to_dict())
-            for batches in run.batches.values():
-                batches.close()
-    begun = run.hooks.failure is RunError
-    if begun and isinstance(error, TrainkitError) and not isinstance(error, RunError):
-        raise RunError(str(error)) from error
-    if error is not None:
-        raise error
-    return result
+        Raises:
+            PluginError: nothing reports the metric.
+        """
+        run = self.run
+        if schedule.unit != "epoch":
+            return
+        if schedule.metric is None:
+            schedule.scheduler.step()
+            return
+        key = run.metric_key(schedule.metric)
+        if key in record:
+            schedule.scheduler.step(record[key])
+        elif key not in run.metric_info and self.evaluation_is_due:
+            known = ", ".join(run.metric_info) or "none"
+            raise PluginError(
+                f"{run.hooks.named('scheduler')}: no plugin reports the metric {key!r} that a schedule looks at; "
+                f"known: {known}"
+            )
 
 
-def evaluate(run: Run, *, test_batches: int | None = None) -> dict[str, float]:
-    """Evaluate the run's model, as it is, on the test split and return its metrics, ``test_<name>``."""
-    (metrics,) = to_host([Trainer(run, test_batches).evaluate()])
-    return metrics
-
-
-def provenance(run: Run) -> dict[str, Any]:
-    """Return what produces the run's numbers: its plugins, the environment, and the data's fingerprints."""
-    splits = {"train": run.data.train, "test": run.data.test}
-    data = {name: {"images": len(split), "fingerprint": fingerprint(split)} for name, split in splits.items()}
-    return {
-        "plugins": lock(run.hooks.plugins, run.recipe),
-        "environment": {**environment(), "device": str(run.device), "data": data},
-    }
-
-
-def _fit_end(run: Run, error: BaseException | None) -> BaseException | None:
-    """Fire ``fit_end`` for every plugin, in reverse order, whatever the others do, and return the run's first error."""
-    for impl in reversed(run.hooks.implementations("fit_end")):
-        try:
-            impl(run, error)
-        except Exception as caught:
-            error = error or caught
-    return error
-
-
-def _result(run: Run, error: BaseException | None) -> Result:
-    seconds = {**run.seconds, "total": sum(run.seconds.values())}  # of all sessions of a resumed run
-    busy = sum(run.seconds.get(part, 0.0) for part in ("data", "transforms", "forward", "backward", "optimizer"))
-    message = f"{type(error).__name__}: {error}" if error is not None else run.stop_reason
-    return Result(
-        status="failed" if error is not None else "stopped" if run.stop_reason else "completed",
-        reason=message,
-        epochs=run.epoch,
-        steps=run.step,
-        parameters=count_parameters(run.model),
-        final={k: v for k, v in run.history[-1].items() if k not in ("epoch", "step")} if run.history else {},
-        best=best_of(run.history),
-        expected=dict(run.recipe.expect),
-        seconds={k: round(v, 3) for k, v in seconds.items()},
-        images_per_second=round(run.images / busy, 1) if busy else None,
-        data_wait=round(run.seconds.get("data", 0.0) / busy, 4) if busy else None,
-        resumed=run.resumed,
-        path=run.dir.path if run.dir else None,
-    )
-
-
-@contextmanager
-def _signals(run: Run) -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into a stop at the next safe point; the second acts at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if run.stop_reason is not None:
-            raise KeyboardInterrupt
-        run.stop(signal.Signals(number).name, exit_code=128 + number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def seed_torch(run: Run) -> None:
+    """Make what torch draws itself in a step, such as dropout, depend on the run's position alone."""
+    seed = torch_seed(run.recipe.seed, "step", run.epoch, run.batch_index)
+    torch.default_generator.manual_seed(seed)
+    if run.device.type == "cuda":
+        torch.cuda.default_generators[run.device.index or 0].manual_seed(seed)

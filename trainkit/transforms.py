@@ -8,13 +8,15 @@ implementation.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+from trainkit.errors import PluginError
 
 __all__ = ["Draws", "Gather", "Map", "Params", "Pipeline", "Size", "Transform", "gather", "to_float"]
 
@@ -25,8 +27,8 @@ Draws = dict[str, NDArray[np.generic]]
 #: The same on the device.
 Params = Mapping[str, Tensor]
 
-# Pixels transformed at a time, which bounds memory, whatever the batch size: on a processor few enough to stay in its
-# cache (256 images of 32x32), on a GPU enough to keep it busy.
+# Pixels transformed at a time, which bounds memory whatever the batch size: on a CPU few enough to stay in its cache
+# (256 images of 32x32), on a GPU enough to keep it busy.
 CPU_CHUNK, GPU_CHUNK = 2**18, 2**22
 
 
@@ -76,9 +78,11 @@ class Gather(Transform, ABC):
 
 
 class Map(Transform, ABC):
-    """Computes new pixel values."""
+    """Computes new pixel values. One that computes with bytes says so: ``needs_uint8: ClassVar = True``."""
 
     __slots__ = ()
+
+    needs_uint8: ClassVar[bool] = False  #: whether it is refused after a transform that returns floats
 
     @abstractmethod
     def apply(self, images: Tensor, params: Params) -> Tensor:
@@ -101,12 +105,8 @@ class Pipeline:
     is still uint8 at the end is scaled to [0, 1], as torchvision's ``ToTensor`` does.
     """
 
-    def __init__(
-        self, steps: Sequence[tuple[str, Transform]], failed: Callable[[str, Exception], Exception] | None = None
-    ) -> None:
-        """`failed` makes the error that is raised from the stream's name and what its transform raised."""
+    def __init__(self, steps: Sequence[tuple[str, Transform]]) -> None:
         self.steps = tuple(steps)
-        self._failed = failed or (lambda name, error: error)
 
     def __call__(self, images: Tensor, stream: Callable[[str], np.random.Generator]) -> Tensor:
         """Transform a batch; parameters are drawn for the whole batch, so chunks do not change them."""
@@ -134,15 +134,9 @@ class Pipeline:
             TrainkitError: a transform cannot take images of the size that would reach it.
         """
         sizes = [size]
-        for name, step in self.steps:
-            sizes.append(self._call(name, step.out_size, sizes[-1]))
+        for _, step in self.steps:
+            sizes.append(step.out_size(sizes[-1]))
         return sizes
-
-    def _call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        try:
-            return function(*args)
-        except Exception as error:
-            raise self._failed(name, error) from error
 
     def draw(
         self, n: int, size: Size, stream: Callable[[str], np.random.Generator], device: torch.device
@@ -150,7 +144,7 @@ class Pipeline:
         """Draw the parameters of every transform for `n` images of this size."""
         params: list[Params] = []
         for (name, step), arriving in zip(self.steps, self.sizes(size)[:-1], strict=True):
-            draws = self._call(name, step.draw, stream(name), n, arriving)
+            draws = step.draw(stream(name), n, arriving)
             params.append({k: _sent(v, device) for k, v in draws.items()})
         return params
 
@@ -164,7 +158,12 @@ class Pipeline:
             images = gather(images, gathers)
             gathers = []
             assert isinstance(step, Map)
-            images = self._call(name, step.apply, images, given)
+            if step.needs_uint8 and images.dtype != torch.uint8:
+                raise PluginError(
+                    f"transform {name.partition('/')[0]!r} needs uint8 images, and a transform before it returns "
+                    f"{str(images.dtype).removeprefix('torch.')}; list it above that one (such as normalize)"
+                )
+            images = step.apply(images, given)
         return to_float(gather(images, gathers))
 
 
@@ -203,8 +202,7 @@ def gather(images: Tensor, steps: Sequence[tuple[Gather, Params]]) -> Tensor:
         if number > 0:
             rows = rows * _within(y, sizes[number][0])
             columns = columns * _within(x, sizes[number][1])
-    # A black frame around the images spares the test of each pixel against the first image's border; index 0 is its
-    # corner.
+    # Pad by one black pixel: sources outside the image clamp onto it. Index 0 is its corner.
     index = torch.add(x.clamp(-1, width).add_(width + 3), y.clamp(-1, height), alpha=width + 2)
     if len(steps) > 1:
         index = index * rows * columns

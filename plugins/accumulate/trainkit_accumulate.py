@@ -3,9 +3,9 @@
 from attrs import field
 from attrs.validators import ge
 from torch import Tensor
-from torch.optim import Optimizer
 
 from trainkit import Run
+from trainkit.errors import PluginError
 from trainkit.plugin import hookimpl, plugin
 
 __all__ = ["Accumulate"]
@@ -16,7 +16,8 @@ class Accumulate:
     """Accumulate gradients over several batches, so that a step is that of one large batch.
 
     Each image counts the same, so gradients are the mean over all images of a step, also in the last step of an epoch,
-    which has fewer batches or a smaller one. Batch normalization still sees one batch at a time.
+    which has fewer batches or a smaller one. Batch normalization still sees one batch at a time. List it after plugins
+    that add terms to the loss, which it scales.
 
     Args:
         batches: batches a step; at least 1.
@@ -25,22 +26,27 @@ class Accumulate:
     batches: int = field(default=2, validator=ge(1))
 
     @hookimpl
-    def transform_optimizer(self, run: Run, optimizer: Optimizer) -> Optimizer:
-        """Tell the run how many batches make a step, before schedulers are built for its length."""
-        run.batches_per_step = self.batches
-        return optimizer
+    def batches_per_step(self) -> int:
+        """Return how many batches make a step."""
+        return self.batches
 
     @hookimpl
-    def backward(self, run: Run, loss: Tensor) -> bool:
-        """Add the gradients of a batch, weighted by its part of the step's images.
+    def built(self, run: Run) -> None:
+        """Check that nothing adds a term to the loss after it was scaled.
 
-        Returns:
-            Whether it is the last batch of its step.
+        Raises:
+            PluginError: a plugin that changes the loss is listed later.
         """
-        train = run.batches["train"]
-        before = run.batch_index * train.batch_size  # images of this epoch, before this batch
-        after = min(before + train.batch_size, len(train.split))
-        first = run.batch_index // self.batches * self.batches * train.batch_size
-        last = min(first + self.batches * train.batch_size, len(train.split))
-        (loss * ((after - before) / (last - first))).backward()  # type: ignore[no-untyped-call]
-        return after == last
+        last = run.hooks.implementations("transform_loss")[-1].plugin
+        if last.instance is not self:
+            raise PluginError(f"it scales the loss, and {last} changes it afterwards: list it after {last.name!r}")
+
+    @hookimpl
+    def transform_loss(self, run: Run, loss: Tensor) -> Tensor:
+        """Weight the mean loss of a batch by the batch's part of the step's images."""
+        size = run.recipe.batch_size
+        before = run.batch_index * size  # images of this epoch, before this batch
+        after = min(before + size, run.images_per_epoch)
+        first = run.batch_index // self.batches * self.batches * size
+        last = min(first + self.batches * size, run.images_per_epoch)
+        return loss * ((after - before) / (last - first))

@@ -23,7 +23,8 @@ class _Scaling:
     @hookimpl
     def backward(self, run: Run, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        self.scaler.unscale_(run.optimizer)  # already here: gradients_ready sees true gradients
+        if run.completes_step:  # only once a step, and already here, so that gradients_ready sees true gradients
+            self.scaler.unscale_(run.optimizer)
 
     @hookimpl
     def optimizer_step(self, run: Run) -> None:
@@ -60,7 +61,7 @@ class Autocast:
         """Return torch's autocast, and print which it is.
 
         Raises:
-            RecipeError: float16 is asked for on a processor.
+            RecipeError: float16 is asked for on a CPU.
         """
         dtype = self.dtype
         if dtype == "auto":
@@ -69,7 +70,7 @@ class Autocast:
                 return None
             dtype = "bfloat16"
         if dtype == "float16" and run.device.type == "cpu":
-            raise RecipeError("'dtype': float16 is for GPUs, and this run is on the processor; set auto or bfloat16")
+            raise RecipeError("'dtype': float16 is for GPUs, and this run is on the CPU; set auto or bfloat16")
         if self._scaling:
             self._scaling.scaler = GradScaler(run.device.type)
         _say(run, f"{dtype} on {run.device.type}")

@@ -6,6 +6,7 @@ from attrs import field
 from attrs.validators import ge
 
 from trainkit import Run
+from trainkit.errors import RecipeError
 from trainkit.plugin import hookimpl, plugin
 from trainkit.run import best_of
 from trainkit.rundir import atomic_write, flush_folder, pack_state
@@ -23,15 +24,17 @@ class Checkpoint:
         every_epochs: save after so many epochs; 0 for never.
         every_steps: save after so many optimizer steps; 0 for never.
         every_minutes: save when so many minutes have passed since the last time; 0 for never.
-        best: the metric whose best value so far makes an epoch's weights ``best.pt``: the least value for names that
-            end in loss or error, else the greatest. An epoch's end that is the best is saved whatever the intervals.
+        best: the metric whose best value so far makes an epoch's weights ``best.pt``: a name such as ``accuracy``, of
+            the validation split where there is one, else of the test split; or with its split, such as ``train_loss``.
+            An epoch's end that is the best is saved whatever the intervals.
     """
 
     every_epochs: int = field(default=1, validator=ge(0))
     every_steps: int = field(default=0, validator=ge(0))
     every_minutes: float = field(default=0.0, validator=ge(0))
-    best: str = "test_accuracy"
+    best: str = "accuracy"
     _saved_at: float = field(init=False, default=0.0)
+    _told: bool = field(init=False, default=False)  # that the metric is not reported
 
     @hookimpl
     def fit_start(self) -> None:
@@ -41,7 +44,7 @@ class Checkpoint:
     @hookimpl
     def safe_point(self, run: Run) -> None:
         """Save what is due."""
-        best = run.batch_index == 0 and self._is_best(run)
+        best = run.epoch_ended and self._is_best(run)
         if not (best or self._is_due(run)):
             return
         assert run.dir is not None
@@ -59,7 +62,7 @@ class Checkpoint:
         self._saved_at = monotonic()
 
     def _is_due(self, run: Run) -> bool:
-        if run.stop_reason is not None or (run.finished and run.batch_index == 0):
+        if run.is_stopping() or run.finished:
             return True
         if run.batch_index == 0 and self.every_epochs and run.epoch % self.every_epochs == 0:
             return True
@@ -68,9 +71,22 @@ class Checkpoint:
         return self.every_minutes > 0 and monotonic() - self._saved_at >= 60 * self.every_minutes
 
     def _is_best(self, run: Run) -> bool:
-        if self.best not in run.history[-1]:
-            if run.epoch == 1:
-                known = ", ".join(k for k in run.history[-1] if k.startswith("test_")) or "none"
-                run.console.print(f"checkpoint: no metric {self.best!r}, so no best.pt; known: {known}", markup=False)
-            return False
-        return best_of(run.history).get(self.best, {}).get("epoch") == run.epoch
+        """Tell whether the epoch that has just ended is the best so far.
+
+        Raises:
+            RecipeError: no plugin reports the metric, or none says whether less or more of it is better.
+        """
+        key = run.metric_key(self.best)
+        info = run.metric_info.get(key)
+        evaluated = any(name.startswith(f"{run.selection_split}_") for name in run.history[-1])
+        if info is None and evaluated and not self._told:
+            self._told = True
+            known = [name for name, other in run.metric_info.items() if other.better is not None]
+            run.console.print(
+                f"checkpoint: no plugin reports {key!r}, so there is no best.pt; known: {', '.join(known) or 'none'}",
+                markup=False,
+                soft_wrap=True,
+            )
+        if info is not None and info.better is None:
+            raise RecipeError(f"'best': the plugin that reports {key!r} does not say whether less or more is better")
+        return best_of(run).get(key, {}).get("epoch") == run.history[-1]["epoch"]

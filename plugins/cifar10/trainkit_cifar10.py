@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from attrs import field
+from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets import CIFAR10, utils  # type: ignore[import-untyped]
 
@@ -25,6 +26,9 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 _CACHE = ".trainkit-cifar10.pt"
 
+# Name, size and time of change of each image of one class folder.
+Listing = list[tuple[str, int, int]]
+
 
 @plugin
 class Cifar10:
@@ -34,11 +38,11 @@ class Cifar10:
 
     * the published files: the folder ``cifar-10-batches-py`` or ``cifar-10-python.tar.gz``. They are pickles, so none
       is opened unless its MD5 is the published one;
-    * ``train/<class>/`` and ``test/<class>/`` with PNG or JPEG files. A part of the images will do, all ten classes
-      must be there. Decoded once and kept in the one file ``.trainkit-cifar10.pt`` in `root`, where that can be
-      written; it is made again when a name, size or time of change differs.
+    * ``train/<class>/`` and ``test/<class>/`` with PNG or JPEG files. All ten classes must be there; each may hold a
+      part of its images. They are decoded once and kept in the file ``.trainkit-cifar10.pt`` in `root`, where that
+      can be written. It is made again when a file's name, size or time of change differs.
 
-    Images come in the order of the files: the two layouts hold the same images in different order, so the same seed
+    Images come in the order of the files. The two layouts hold the same images in different orders, so the same seed
     gives different runs.
 
     Args:
@@ -59,9 +63,9 @@ class Cifar10:
         published = (self.root / CIFAR10.base_folder).exists() or (self.root / CIFAR10.filename).exists()
         folders = (self.root / "train").is_dir() or (self.root / "test").is_dir()
         if published or (self.download and not folders):
-            train, test = _published(self.root, self.download)
+            train, test = _from_published(self.root, self.download)
         elif folders:
-            train, test = _folders(self.root)
+            train, test = _from_folders(self.root)
         else:
             raise DataError(
                 f"{self.root}: no CIFAR-10 here; put {CIFAR10.filename}, or the folders train/<class>/ and "
@@ -71,80 +75,131 @@ class Cifar10:
         return Data(train=train, test=test, classes=CLASSES, shape=(3, 32, 32))
 
 
-def _published(root: Path, download: bool) -> list[TensorSplit]:
-    archive, damaged = root / CIFAR10.filename, _damaged(root)
+def _from_published(root: Path, download: bool) -> list[TensorSplit]:
+    """Return the training and the test split of the published files."""
+    archive = root / CIFAR10.filename
+    damaged = _damaged(root)
     if damaged and (download or utils.check_integrity(archive, CIFAR10.tgz_md5)):
-        try:  # an archive that is already there and intact is only unpacked
-            utils.download_and_extract_archive(CIFAR10.url, root, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
-        except (OSError, RuntimeError, HTTPException) as error:
-            raise DataError(
-                f"{CIFAR10.url}: cannot be fetched and unpacked into {root}: {error}; fetch it by other means and "
-                f"put it at {archive}"
-            ) from error
+        _fetch_and_unpack(root)
         damaged = _damaged(root)
     if damaged:
         raise DataError(
             f"{damaged[0]}: missing, or not the published file, so it was not opened; put the published "
             f"{archive.name} (MD5 {CIFAR10.tgz_md5}) into {root}, or fetch it with plugins.cifar10.download=true"
         )
-    splits = [CIFAR10(root, train=train) for train in (True, False)]
-    # torchvision shows the published [N, C, H, W] as [N, H, W, C]; turning it back copies nothing.
-    return [
-        TensorSplit(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in splits
-    ]
-
-
-def _damaged(root: Path) -> list[Path]:
-    published = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
-    paths = [(root / CIFAR10.base_folder / name, md5) for name, md5 in published]
-    return [path for path, md5 in paths if not utils.check_integrity(path, md5)]
-
-
-def _folders(root: Path) -> list[TensorSplit]:
-    listings = [[_list(root / split / name) for name in CLASSES] for split in ("train", "test")]
-    key = blake2b(repr(listings).encode(), digest_size=16).hexdigest()
-    with suppress(Exception):  # absent, or damaged in whatever way: made again below
-        saved = torch.load(root / _CACHE, weights_only=True, mmap=True)
-        splits = [TensorSplit(images, targets) for images, targets in saved["splits"]]
-        # Loading does not read the pixels; the fingerprints are what notices a flipped bit.
-        if saved["key"] == key and saved["fingerprints"] == [s.fingerprint() for s in splits]:
-            return splits
-    splits = [_decode(root / split, files) for split, files in zip(("train", "test"), listings, strict=True)]
-    tensors = [(s.images, s.targets) for s in splits]
-    file = io.BytesIO()
-    torch.save({"key": key, "fingerprints": [s.fingerprint() for s in splits], "splits": tensors}, file)
-    with suppress(OSError):  # a folder that cannot be written only costs the next run its decoding
-        atomic_write(root / _CACHE, file.getvalue())
+    splits = []
+    for train in (True, False):
+        published = CIFAR10(root, train=train)
+        # torchvision turned the published [N, C, H, W] into a view [N, H, W, C]; turning it back copies nothing.
+        images = torch.from_numpy(published.data).permute(0, 3, 1, 2).contiguous()
+        splits.append(TensorSplit(images, torch.tensor(published.targets)))
     return splits
 
 
-def _list(folder: Path) -> list[tuple[str, int, int]]:
+def _fetch_and_unpack(root: Path) -> None:
+    """Fetch the archive, unless it is there and intact, and unpack it."""
+    try:
+        utils.download_and_extract_archive(CIFAR10.url, root, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
+    except (OSError, RuntimeError, HTTPException) as error:
+        raise DataError(
+            f"{CIFAR10.url}: cannot be fetched and unpacked into {root}: {error}; fetch it by other means and "
+            f"put it at {root / CIFAR10.filename}"
+        ) from error
+
+
+def _damaged(root: Path) -> list[Path]:
+    """Return which of the published files are missing or have another checksum."""
+    published = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
+    damaged = []
+    for name, md5 in published:
+        path = root / CIFAR10.base_folder / name
+        if not utils.check_integrity(path, md5):
+            damaged.append(path)
+    return damaged
+
+
+def _from_folders(root: Path) -> list[TensorSplit]:
+    """Return the training and the test split of the class folders, from their cache where it is still right."""
+    train_listings = [_list_images(root / "train" / name) for name in CLASSES]
+    test_listings = [_list_images(root / "test" / name) for name in CLASSES]
+    key = blake2b(repr([train_listings, test_listings]).encode(), digest_size=16).hexdigest()
+    splits = _load_cache(root / _CACHE, key)
+    if splits is None:
+        splits = [_decode(root / "train", train_listings), _decode(root / "test", test_listings)]
+        _save_cache(root / _CACHE, key, splits)
+    return splits
+
+
+def _load_cache(path: Path, key: str) -> list[TensorSplit] | None:
+    """Return what was saved under this key, or None where it is absent, of other files or damaged in whatever way."""
+    with suppress(Exception):
+        saved = torch.load(path, weights_only=True, mmap=True)
+        splits = [TensorSplit(images, targets) for images, targets in saved["splits"]]
+        # torch.load verifies no checksum, so a flipped bit shows in the fingerprints only.
+        if saved["key"] == key and saved["fingerprints"] == [split.fingerprint() for split in splits]:
+            return splits
+    return None
+
+
+def _save_cache(path: Path, key: str, splits: list[TensorSplit]) -> None:
+    """Save the splits under this key; where the folder cannot be written, the next run decodes them again."""
+    content = {
+        "key": key,
+        "fingerprints": [split.fingerprint() for split in splits],
+        "splits": [(split.images, split.targets) for split in splits],
+    }
+    file = io.BytesIO()
+    torch.save(content, file)
+    with suppress(OSError):
+        atomic_write(path, file.getvalue())
+
+
+def _list_images(folder: Path) -> Listing:
+    """List the images of one class folder, sorted by name."""
+    found = []
     try:
         with os.scandir(folder) as entries:
-            images = [e for e in entries if e.name.lower().endswith((".png", ".jpg", ".jpeg")) and e.name[0] != "."]
-            found = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in images)
+            for entry in entries:
+                hidden = entry.name.startswith(".")
+                if entry.name.lower().endswith((".png", ".jpg", ".jpeg")) and not hidden:
+                    status = entry.stat()
+                    found.append((entry.name, status.st_size, status.st_mtime_ns))
     except OSError as error:
         raise DataError(
             f"{folder}: {error.strerror}; train/ and test/ must each hold the folders {', '.join(CLASSES)}"
         ) from error
     if not found:
         raise DataError(f"{folder}: no PNG or JPEG files; every class needs some in train/ and in test/")
-    return found
+    return sorted(found)
 
 
-def _decode(folder: Path, listing: list[list[tuple[str, int, int]]]) -> TensorSplit:
-    targets = [target for target, files in enumerate(listing) for _ in files]
-    paths = [folder / label / name for label, files in zip(CLASSES, listing, strict=True) for name, _, _ in files]
+def _decode(folder: Path, listings: list[Listing]) -> TensorSplit:
+    """Decode the images of one split.
+
+    Args:
+        folder: holds the class folders.
+        listings: the images of each class, in the order of the classes.
+    """
+    paths = []
+    targets = []
+    for target, (label, listing) in enumerate(zip(CLASSES, listings, strict=True)):
+        paths += [folder / label / name for name, _, _ in listing]
+        targets += [target] * len(listing)
     images = np.empty((len(paths), 3, 32, 32), np.uint8)
-    # One thread: opening so small a file takes longer than decoding it and holds the interpreter's lock.
+    # One thread: opening so small a file takes longer than decoding it, and it holds the interpreter's lock.
     for i, path in enumerate(paths):
-        try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except Exception as error:  # Pillow's decoders raise many kinds
-            raise DataError(f"{path}: cannot be decoded: {error}; replace or remove it") from error
-        if pixels.shape != (32, 32, 3):
-            size = "x".join(map(str, pixels.shape[1::-1]))
-            raise DataError(f"{path}: {size} pixels, not 32x32; the plugin image_folder takes images of any size")
-        images[i] = pixels.transpose(2, 0, 1)
+        images[i] = _decode_image(path)
     return TensorSplit(torch.from_numpy(images), torch.tensor(targets))
+
+
+def _decode_image(path: Path) -> NDArray[np.uint8]:
+    """Return an image, uint8 [3, 32, 32]."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise DataError(f"{path}: cannot be decoded: {error}; replace or remove it") from error
+    height, width, _ = pixels.shape
+    if (height, width) != (32, 32):
+        raise DataError(f"{path}: {width}x{height} pixels, not 32x32; the plugin image_folder takes images of any size")
+    return pixels.transpose(2, 0, 1)

@@ -36,6 +36,6 @@ class CosineAnnealingLR:
     @hookimpl
     def scheduler(self, run: Run, optimizer: Optimizer) -> Schedule:
         """Return torch's scheduler and its unit."""
-        whole_run = run.epochs * (run.steps_per_epoch if self.unit == "step" else 1)
+        whole_run = run.total_steps if self.unit == "step" else run.total_epochs
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.t_max or whole_run, self.eta_min)
         return Schedule(scheduler, self.unit)

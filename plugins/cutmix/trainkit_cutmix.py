@@ -9,6 +9,8 @@ from attrs.validators import gt
 from torch.nn.functional import one_hot
 
 from trainkit import Batch, Run
+from trainkit.data import describe
+from trainkit.errors import RecipeError
 from trainkit.plugin import hookimpl, plugin
 
 __all__ = ["Box", "CutMix", "mix"]
@@ -33,6 +35,19 @@ class CutMix:
     conflicts: ClassVar = ("mixup",)
 
     alpha: float = field(default=1.0, validator=gt(0))
+
+    @hookimpl
+    def built(self, run: Run) -> None:
+        """Look at the targets of the data.
+
+        Raises:
+            RecipeError: they are no classes.
+        """
+        if not run.data.has_class_targets:
+            raise RecipeError(
+                f"it mixes classes, and the data's targets are {describe(run.data.train[0][1])}; drop it, or list a "
+                "plugin that mixes such targets"
+            )
 
     @hookimpl
     def transform_batch(self, run: Run, batch: Batch) -> Batch:
@@ -68,4 +83,4 @@ def mix(batch: Batch, box: Box, classes: int) -> Batch:
     height, width = batch.images.shape[2:]
     kept = 1 - (x2 - x1) * (y2 - y1) / (height * width)
     targets = batch.targets if batch.targets.ndim == 2 else one_hot(batch.targets, classes).to(batch.images.dtype)
-    return Batch(batch.images, targets.roll(1, 0).lerp_(targets, kept))
+    return Batch(batch.images, targets.roll(1, 0).lerp_(targets, kept), batch.indices)

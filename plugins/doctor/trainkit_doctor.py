@@ -15,9 +15,10 @@ import tomllib
 from collections.abc import Iterator
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 from urllib.request import url2pathname
 
+import attrs
 from packaging.requirements import Requirement
 
 from trainkit.cli.output import print_json, table, terminal
@@ -27,13 +28,23 @@ __all__ = ["EXAMPLES", "HELP", "Finding", "add_arguments", "run"]
 
 HELP = "Look for what is wrong with this installation, and say what to do about it."
 EXAMPLES = "examples:\n  trainkit doctor\n  trainkit doctor --json\n"
-# run in a process of its own: a broken torch may abort, not merely raise
-PROBE = """import json, torch, torchvision; gpus = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))
-cuda = torch.version.cuda or torch.version.hip
-print(json.dumps([torch.__version__, torchvision.__version__, cuda, list(gpus), torch.get_num_threads()]))"""
+# Runs in a process of its own, because a broken torch may abort and not only raise.
+PROBE = """\
+import json, torch, torchvision
+gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+found = {
+    "torch": torch.__version__,
+    "torchvision": torchvision.__version__,
+    "cuda": torch.version.cuda or torch.version.hip,
+    "gpus": gpus,
+    "threads": torch.get_num_threads(),
+}
+print(json.dumps(found))
+"""
 
 
-class Finding(NamedTuple):
+@attrs.frozen
+class Finding:
     """One thing that was looked at."""
 
     what: str
@@ -51,27 +62,35 @@ def run(args: argparse.Namespace) -> int:
     """Print what was looked at, and return 1 if anything found would break a run."""
     findings = [*_machine(), *_torch(), *_metadata()]
     if args.json:
-        print_json([finding._asdict() for finding in findings])
+        print_json([attrs.asdict(finding) for finding in findings])
     else:
-        terminal().print(table(["", "verdict", "finding", "what to do"], findings))
+        rows = [(found.what, found.verdict, found.detail, found.cure) for found in findings]
+        terminal().print(table(["", "verdict", "finding", "what to do"], rows))
     return 1 if any(finding.verdict == "problem" for finding in findings) else 0
 
 
 def _judge(what: str, fine: bool, detail: str, advice: str) -> Finding:
-    return Finding(what, "ok", detail) if fine else Finding(what, "advice", detail, advice)
+    """Return a finding that comes with advice unless all is fine."""
+    if fine:
+        return Finding(what, "ok", detail)
+    return Finding(what, "advice", detail, advice)
 
 
 def _machine() -> Iterator[Finding]:
+    """Look at Python, the packages, what torch.compile needs and the current folder."""
     yield Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")
-    names = ("trainkit", "numpy", "pillow", "pluggy", "attrs", "omegaconf", "PyYAML", "rich")
-    versions = (f"{dist.name} {dist.version}" for name in names for dist in distributions(name=name))
+    versions = []
+    for name in ("trainkit", "numpy", "pillow", "pluggy", "attrs", "omegaconf", "PyYAML", "rich"):
+        versions += [f"{dist.name} {dist.version}" for dist in distributions(name=name)]
     yield Finding("packages", "ok", ", ".join(dict.fromkeys(versions)))
-    # what torch.compile calls for the processor; what it compiles includes Python.h
+
+    # torch.compile calls this compiler for the CPU, and its C++ code includes Python.h.
     compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     found = shutil.which(shlex.split(compiler)[0]) is not None
     yield _judge("compiler", found, compiler, "torch.compile needs it: install it, or set CXX to another one")
     header = Path(sysconfig.get_path("include"), "Python.h")
     yield _judge("headers", header.is_file(), str(header), "torch.compile needs it: install python3-dev")
+
     free = shutil.disk_usage(".").free / 2**30
     yield _judge("folder", free >= 1, f"{free:.1f} GiB free", "make room for checkpoints")
     if not os.access(".", os.W_OK):
@@ -79,61 +98,87 @@ def _machine() -> Iterator[Finding]:
 
 
 def _torch() -> Iterator[Finding]:
+    """Look at torch, torchvision, the GPUs and the number of threads."""
     code, said = _ask(sys.executable, "-P", "-c", PROBE)
     if code != 0:
         yield Finding("torch", "problem", f"import fails: {said}", "install torch and torchvision that match")
         return
-    version, vision, cuda, gpus, threads = json.loads(said)
-    yield Finding("torch", "ok", f"{version}, CUDA {cuda or 'not built in'}; torchvision {vision}")
-    code, gpu = _ask("nvidia-smi", "-L")  # the driver knows a GPU whatever torch was built for
-    unused = f"{gpu}, which this torch cannot use" if code == 0 else "no GPU: runs use the processor"
-    cure = "update its driver; see CUDA_VISIBLE_DEVICES" if cuda else "install a torch that is built for CUDA"
-    yield _judge("devices", bool(gpus) or code != 0, ", ".join(gpus) or unused, cure)
+    found = json.loads(said)
+    cuda = found["cuda"]
+    yield Finding("torch", "ok", f"{found['torch']}, CUDA {cuda or 'not built in'}; torchvision {found['torchvision']}")
+    yield _devices(found["gpus"], cuda)
+    threads = found["threads"]
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield _judge("threads", threads <= cpus, f"{threads} on {cpus} processors", f"set OMP_NUM_THREADS={cpus}")
+    yield _judge("threads", threads <= cpus, f"{threads} on {cpus} CPUs", f"set OMP_NUM_THREADS={cpus}")
+
+
+def _devices(gpus: list[str], cuda: str | None) -> Finding:
+    """Compare the GPUs that torch can use with those that the driver knows."""
+    if gpus:
+        return Finding("devices", "ok", ", ".join(gpus))
+    code, known = _ask("nvidia-smi", "-L")
+    if code != 0:
+        return Finding("devices", "ok", "no GPU: runs use the CPU")
+    cure = "update its driver; see CUDA_VISIBLE_DEVICES" if cuda else "install a torch that is built for CUDA"
+    return Finding("devices", "advice", f"{known}, which this torch cannot use", cure)
 
 
 def _metadata() -> Iterator[Finding]:
-    found: dict[str, dict[str, Distribution]] = {}  # by name and version
-    for dist in distributions():
-        groups = {PLUGINS, COMMANDS}.intersection(entry.group for entry in dist.entry_points)
-        if groups or dist.metadata["Name"] in ("trainkit", "torchvision"):
-            found.setdefault(dist.name, {}).setdefault(dist.version, dist)
-    for kind, have in (("plugin", installed(PLUGINS)), ("command", installed(COMMANDS))):
-        yield Finding(f"{kind}s", "ok", f"{len(have)} installed")
-        for name, entries in have.items():
+    """Look at the installed plugins, commands and their distributions."""
+    for kind, group in (("plugin", PLUGINS), ("command", COMMANDS)):
+        names = installed(group)
+        yield Finding(f"{kind}s", "ok", f"{len(names)} installed")
+        for name, entries in names.items():
             if len(entries) > 1:
                 claims = " and ".join(entry.distribution for entry in entries)
                 yield Finding(f"{kind} {name}", "problem", f"{claims} claim it", "pip uninstall one of them")
-    for name, versions in found.items():
+    for name, versions in _distributions().items():
         if len(versions) > 1:
             yield Finding(name, "problem", f"{' and '.join(versions)} at once", "uninstall it until none is left")
         for dist in versions.values():
             try:
-                yield from (*_source(dist), *_requirements(dist))
+                yield from _source(dist)
+                yield from _requirements(dist)
             except ValueError as error:  # JSON, TOML or a requirement that cannot be parsed
                 yield Finding(dist.name, "problem", f"cannot be understood: {error}", "install it again")
 
 
+def _distributions() -> dict[str, dict[str, Distribution]]:
+    """Return trainkit, torchvision and all that provide plugins or commands, by name and version."""
+    found: dict[str, dict[str, Distribution]] = {}
+    for dist in distributions():
+        provides = {entry.group for entry in dist.entry_points} & {PLUGINS, COMMANDS}
+        if provides or dist.metadata["Name"] in ("trainkit", "torchvision"):
+            found.setdefault(dist.name, {}).setdefault(dist.version, dist)
+    return found
+
+
 def _source(dist: Distribution) -> Iterator[Finding]:
+    """Look at the folder of an editable installation."""
     origin = json.loads(dist.read_text("direct_url.json") or "{}")
-    editable = origin.get("dir_info", {}).get("editable")
+    if not origin.get("dir_info", {}).get("editable"):
+        return
     folder = Path(url2pathname(origin.get("url", "").removeprefix("file://")))
-    if editable and not folder.is_dir():
+    if not folder.is_dir():
         yield Finding(dist.name, "problem", f"its folder {folder} is gone", "pip uninstall it, or install it again")
-    elif editable and (folder / "pyproject.toml").is_file():
-        version = tomllib.loads((folder / "pyproject.toml").read_text()).get("project", {}).get("version")
-        if version not in (None, dist.version):  # None: the build backend finds it elsewhere
-            cure = f"pip install -e {shlex.quote(str(folder))}"
-            yield Finding(dist.name, "problem", f"installed as {dist.version}, and its folder has {version}", cure)
+        return
+    pyproject = folder / "pyproject.toml"
+    if not pyproject.is_file():
+        return
+    version = tomllib.loads(pyproject.read_text()).get("project", {}).get("version")
+    if version not in (None, dist.version):  # None: the build backend takes it from elsewhere
+        cure = f"pip install -e {shlex.quote(str(folder))}"
+        yield Finding(dist.name, "problem", f"installed as {dist.version}, and its folder has {version}", cure)
 
 
 def _requirements(dist: Distribution) -> Iterator[Finding]:
+    """Look at the requirements of a distribution, without those of its extras."""
     for need in map(Requirement, dist.requires or []):
+        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+            continue
         have = next((found.version for found in distributions(name=need.name)), None)
-        wanted = need.marker is None or need.marker.evaluate({"extra": ""})
-        if wanted and (have is None or not need.specifier.contains(have, prereleases=True)):
-            # on a public index, the name trainkit belongs to another project
+        if have is None or not need.specifier.contains(have, prereleases=True):
+            # On the public index, the name trainkit belongs to another project.
             cure = "install both from one checkout" if "trainkit" in need.name else f"pip install {str(need)!r}"
             yield Finding(dist.name, "problem", f"needs {need}, and {have or 'none'} is installed", cure)
 
@@ -144,5 +189,6 @@ def _ask(*command: str) -> tuple[int, str]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return 127, str(error)
-    said = (done.stderr if done.returncode else done.stdout).strip().rpartition("\n")[2]
-    return done.returncode, said or f"exit code {done.returncode}"
+    output = done.stderr if done.returncode else done.stdout
+    last_line = output.strip().rpartition("\n")[2]
+    return done.returncode, last_line or f"exit code {done.returncode}"

@@ -36,13 +36,12 @@ class EMA:
     _steps: int = field(init=False, default=0)  # averaged so far
 
     @hookimpl
-    def wrap_model(self, run: Run, model: nn.Module) -> nn.Module:
-        """Copy the network, which is complete and on its device now, before a checkpoint is loaded; wraps nothing."""
+    def built(self, run: Run) -> None:
+        """Copy the network, which is complete and on its device now, before a checkpoint is loaded."""
         # Counters and indices have no average; both networks have the same ones, which the copy takes from its memo.
         same = {id(buffer): buffer for buffer in run.model.buffers() if not buffer.is_floating_point()}
         self._average = copy.deepcopy(run.model, same).eval().requires_grad_(False)
         self._averages, self._weights = _real(self._average), _real(run.model)
-        return model
 
     @hookimpl
     @torch.no_grad()

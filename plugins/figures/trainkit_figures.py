@@ -25,9 +25,10 @@ __all__ = ["Figures"]
 Rows = list[dict[str, float]]  # as in run.history
 Points = list[tuple[float, float]]  # epochs and values
 COLUMNS = ("epoch", "train_loss", "test_loss", "train_accuracy", "test_accuracy")
-# of the run and of what was published; told apart by the colour-blind, too (Okabe and Ito)
+# The run's curve and the published one of each split; the colour-blind can tell them apart (Okabe and Ito).
 COLOURS = {"train": ("#0072B2", "#56B4E9"), "test": ("#D55E00", "#E69F00")}
-TITLES = {"loss": ("Train vs Test Loss", "loss"), "accuracy": ("Model Accuracy", "accuracy (%)")}  # and of the y axis
+# The title of each metric's figure, and the label of its y axis.
+TITLES = {"loss": ("Train vs Test Loss", "loss"), "accuracy": ("Model Accuracy", "accuracy (%)")}
 STYLE: dict[str, Any] = {
     "font.size": 15,
     "axes.spines.top": False,
@@ -38,8 +39,8 @@ STYLE: dict[str, Any] = {
     "figure.constrained_layout.w_pad": 0.15,
     "figure.constrained_layout.h_pad": 0.15,
     "lines.linewidth": 2,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "trainkit",  # the same numbers give the same file
+    "svg.fonttype": "none",  # write text as text, not as outlines
+    "svg.hashsalt": "trainkit",  # name elements by their content, so that the same numbers give the same file
 }
 
 
@@ -69,54 +70,45 @@ class Figures:
 
     @hookimpl
     def epoch_end(self, run: Run) -> None:
-        """Draw, if it is time to; the last epoch is drawn at the end."""
-        if self.every and (run.epoch + 1) % self.every == 0 and run.epoch + 1 < run.epochs:
+        """Draw after every so many epochs, except after the last one, which `fit_end` draws."""
+        if not self.every:
+            return
+        epochs_done = run.epoch + 1
+        if epochs_done % self.every == 0 and epochs_done < run.epochs:
             self._draw(run)
 
     @hookimpl
     def fit_end(self, run: Run) -> None:
-        """Draw what there is, after a stop or a failure too."""
+        """Draw all epochs so far, also after a stop or a failure."""
         if run.history:
             self._draw(run)
 
     def _draw(self, run: Run) -> None:
-        # here, because it takes as long as a short epoch; no pyplot, whose figures are global
+        """Write the figure of each metric that the run has values of."""
+        # Imported here, because it takes as long as a short epoch. pyplot is not used: its figures are global.
         import matplotlib.style
 
-        assert run.dir is not None
         with matplotlib.style.context(["default", STYLE]):
             for metric in TITLES:
-                if not any(_points(run.history, split, metric) for split in COLOURS):
-                    continue
-                figure = self._figure(run, metric)
-                for kind, metadata in (("png", None), ("svg", {"Date": None})):
-                    data = io.BytesIO()
-                    figure.savefig(data, format=kind, metadata=metadata)
-                    run.dir.write(f"figures/{metric}.{kind}", data.getvalue())
+                if any(_points(run.history, split, metric) for split in COLOURS):
+                    _write(run, metric, self._figure(run, metric))
 
     def _figure(self, run: Run, metric: str) -> Figure:
+        """Draw one metric over the epochs."""
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
-        title, unit = TITLES[metric]
+        published = [row for row in self._published if row["epoch"] <= run.epochs]
         figure = Figure(figsize=(12, 7), dpi=100, layout="constrained")
         axes = figure.add_subplot()
-        published = [row for row in self._published if row["epoch"] <= run.epochs]
-        best = min if metric == "loss" else max
-        for split, (colour, light) in COLOURS.items():
-            if points := _points(run.history, split, metric):
-                _plot(axes, points, "-", color=colour, label=split)
-                if split == "test":
-                    epoch, value = best(points, key=itemgetter(1))
-                    label = f"best test {value:#.4g} (epoch {epoch:g})"
-                    axes.scatter(epoch, value, 320, marker="*", color=colour, edgecolor="white", zorder=4, label=label)
-            if points := _points(published, split, metric):
-                label = f"published {split}" + (
-                    f", best {best(points, key=itemgetter(1))[1]:#.4g}" if split == "test" else ""
-                )
-                _plot(axes, points, "--", color=light, linewidth=1.5, zorder=3, label=label)
-        if (expected := run.recipe.expect.get(f"test_{metric}")) is not None:
+        for split in COLOURS:
+            _plot_own(axes, run.history, split, metric)
+            _plot_published(axes, published, split, metric)
+        expected = run.recipe.expect.get(f"test_{metric}")
+        if expected is not None:
             axes.axhline(expected, color="#555555", linewidth=1, label=f"expected {expected:g}")
+
+        title, unit = TITLES[metric]
         last = max(row["epoch"] for row in [*run.history, *published])
         margin = max(0.5, 0.02 * last)
         axes.set(xlim=(1 - margin, last + margin), xlabel="epoch", ylabel=unit)
@@ -126,16 +118,65 @@ class Figures:
         return figure
 
 
+def _write(run: Run, metric: str, figure: Figure) -> None:
+    """Write a figure into the run directory, as PNG and as SVG."""
+    assert run.dir is not None
+    for kind, metadata in (("png", None), ("svg", {"Date": None})):  # without the date, which differs each time
+        data = io.BytesIO()
+        figure.savefig(data, format=kind, metadata=metadata)
+        run.dir.write(f"figures/{metric}.{kind}", data.getvalue())
+
+
+def _plot_own(axes: Axes, history: Rows, split: str, metric: str) -> None:
+    """Plot the run's own curve, with a star at the best epoch of the test split."""
+    points = _points(history, split, metric)
+    if not points:
+        return
+    colour, _ = COLOURS[split]
+    _plot(axes, points, "-", color=colour, label=split)
+    if split == "test":
+        epoch, value = _best(points, metric)
+        label = f"best test {value:#.4g} (epoch {epoch:g})"
+        axes.scatter(epoch, value, 320, marker="*", color=colour, edgecolor="white", zorder=4, label=label)
+
+
+def _plot_published(axes: Axes, published: Rows, split: str, metric: str) -> None:
+    """Plot the published curve, dashed, with the best value of the test split in its label."""
+    points = _points(published, split, metric)
+    if not points:
+        return
+    label = f"published {split}"
+    if split == "test":
+        _, value = _best(points, metric)
+        label += f", best {value:#.4g}"
+    _, colour = COLOURS[split]
+    _plot(axes, points, "--", color=colour, linewidth=1.5, zorder=3, label=label)
+
+
 def _plot(axes: Axes, points: Points, line: str, **style: Any) -> None:
-    axes.plot(*zip(*points, strict=True), line, marker="o" if len(points) <= 30 else None, markersize=5, **style)
+    epochs, values = zip(*points, strict=True)
+    marker = "o" if len(points) <= 30 else None  # among more points, markers would hide the line
+    axes.plot(epochs, values, line, marker=marker, markersize=5, **style)
+
+
+def _best(points: Points, metric: str) -> tuple[float, float]:
+    """Return the epoch and the value of the best point, the first of equals."""
+    choose = min if metric == "loss" else max
+    return choose(points, key=itemgetter(1))
 
 
 def _points(rows: Rows, split: str, metric: str) -> Points:
-    points = [(row["epoch"], row.get(f"{split}_{metric}", math.nan)) for row in rows]
-    return [point for point in points if math.isfinite(point[1])]
+    """Return the points of one curve, without epochs that have no value or one that is not finite."""
+    points = []
+    for row in rows:
+        value = row.get(f"{split}_{metric}", math.nan)
+        if math.isfinite(value):
+            points.append((row["epoch"], value))
+    return points
 
 
 def _read(path: Path) -> Rows:
+    """Read the known columns of a CSV file."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             table = csv.DictReader(file)

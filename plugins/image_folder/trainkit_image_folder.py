@@ -19,7 +19,7 @@ from trainkit.plugin import hookimpl, plugin
 
 __all__ = ["FolderSplit", "ImageFolder"]
 
-_IN_MEMORY = 1 << 30  # bytes of decoded images
+_IN_MEMORY = 2**30  # bytes of decoded images that are held in memory by default
 
 
 @frozen(eq=False)
@@ -52,23 +52,29 @@ class FolderSplit:
         except Exception as error:  # Pillow's decoders raise many kinds
             raise DataError(f"{path}: cannot be decoded: {error}; replace or remove it") from error
         size = [self.size] if isinstance(self.size, int) else list(self.size)
-        return pil_to_tensor(center_crop(resize(rgb, size), size)), target  # two sizes: there is nothing left to crop
+        resized = resize(rgb, size)
+        cropped = center_crop(resized, size)  # with height and width given, it has this size already
+        return pil_to_tensor(cropped), target
 
     def fingerprint(self) -> str:
         """Return the digest."""
         return self.digest
 
     def decoded(self, workers: int) -> TensorSplit:
-        """Return the split with every image decoded, by threads: Pillow lets them run side by side."""
-        images = torch.empty(len(self), *self[0][0].shape, dtype=torch.uint8)
+        """Return the split with every image decoded, in threads: Pillow releases the interpreter's lock."""
+        first, _ = self[0]
+        images = torch.empty(len(self), *first.shape, dtype=torch.uint8)
         with ThreadPoolExecutor(max(workers, 1)) as pool:
-            for i, (image, _) in enumerate(pool.map(self.__getitem__, range(len(self)))):
+            decoded = pool.map(self.__getitem__, range(len(self)))
+            for i, (image, _) in enumerate(decoded):
                 images[i] = image
-        return TensorSplit(images, torch.tensor([target for _, target in self.samples]))
+        targets = torch.tensor([target for _, target in self.samples])
+        return TensorSplit(images, targets)
 
 
 def _positive(instance: object, attribute: object, value: int | tuple[int, int]) -> None:
-    if min(value if isinstance(value, tuple) else (value,)) < 1:
+    sides = value if isinstance(value, tuple) else (value,)
+    if min(sides) < 1:
         raise ValueError(f"'size' must be at least 1, not {value}")
 
 
@@ -76,9 +82,9 @@ def _positive(instance: object, attribute: object, value: int | tuple[int, int])
 class ImageFolder:
     """Any image data set that is kept as one folder a class.
 
-    Expects ``<root>/<train>/<class>/`` and ``<root>/<test>/<class>/``; images may lie in folders below these, hidden
-    files and other files are passed over. The classes are the folders of the training split, sorted. Images become RGB,
-    resized as torchvision's ``Resize`` does with Pillow (bilinear), uint8 [3, H, W].
+    Expects ``<root>/<train>/<class>/`` and ``<root>/<test>/<class>/``; images may lie in folders below these. Hidden
+    files, and files that are no images, are ignored. The classes are the folders of the training split, sorted. Images
+    become RGB, resized as torchvision's ``Resize`` does with Pillow (bilinear), uint8 [3, H, W].
 
     Args:
         root: the folder of the data set; ``~`` is the home directory.
@@ -104,45 +110,58 @@ class ImageFolder:
         Raises:
             DataError: a folder is missing, empty or of an unknown class, or (in memory) an image cannot be decoded.
         """
-        classes = _folders(self.root / self.train)
-        train, test = self._split(self.train, classes), self._split(self.test, classes)
-        shape = (3, self.size, self.size) if isinstance(self.size, int) else (3, *self.size)
-        fits = (len(train) + len(test)) * 3 * shape[1] * shape[2] <= _IN_MEMORY
-        if fits if self.in_memory is None else self.in_memory:
-            held = [split.decoded(self.workers) for split in (train, test)]
-            return Data(train=held[0], test=held[1], classes=classes, shape=shape)
-        return Data(train=train, test=test, classes=classes, shape=shape, workers=self.workers)
+        classes = _class_folders(self.root / self.train)
+        train = self._split(self.train, classes)
+        test = self._split(self.test, classes)
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+        shape = (3, height, width)
+        in_memory = self.in_memory
+        if in_memory is None:
+            in_memory = (len(train) + len(test)) * 3 * height * width <= _IN_MEMORY
+        if not in_memory:
+            return Data(train=train, test=test, classes=classes, shape=shape, workers=self.workers)
+        return Data(train=train.decoded(self.workers), test=test.decoded(self.workers), classes=classes, shape=shape)
 
     def _split(self, name: str, classes: tuple[str, ...]) -> FolderSplit:
         folder = self.root / name
         samples: list[tuple[str, int]] = []
-        stats: list[object] = [classes, self.size]
-        for label in _folders(folder):
+        identity: list[object] = [classes, self.size]  # what the digest is taken of
+        for label in _class_folders(folder):
             if label not in classes:
                 raise DataError(f"{folder / label}: a class that {self.root / self.train} lacks; rename or remove it")
-            if not (files := list(_images(folder / label))):
+            files = list(_images(folder / label))
+            if not files:
                 raise DataError(f"{folder / label}: no images ({', '.join(IMG_EXTENSIONS)}); add some or remove it")
             target = classes.index(label)
-            samples += [(file.path, target) for file in files]
-            stats += [(f.path[len(str(folder)) :], f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        return FolderSplit(samples, self.size, blake2b(repr(stats).encode(), digest_size=16).hexdigest())
+            for file in files:
+                samples.append((file.path, target))
+                status = file.stat()
+                path_in_split = file.path.removeprefix(str(folder))  # the split may be moved to another place
+                identity.append((path_in_split, status.st_size, status.st_mtime_ns))
+        digest = blake2b(repr(identity).encode(), digest_size=16).hexdigest()
+        return FolderSplit(samples, self.size, digest)
 
 
-def _folders(folder: Path) -> tuple[str, ...]:
-    if not (found := tuple(entry.name for entry in _visible(folder) if entry.is_dir())):
+def _class_folders(folder: Path) -> tuple[str, ...]:
+    """Return the names of the folders in a split's folder, sorted."""
+    found = tuple(entry.name for entry in _visible(folder) if entry.is_dir())
+    if not found:
         raise DataError(f"{folder}: no class folders; expected {folder / '<class>' / '<image>'}")
     return found
 
 
 def _visible(folder: str | Path) -> list[os.DirEntry[str]]:
+    """Return a folder's entries that are not hidden, sorted by name."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}; check plugins.image_folder.root, .train and .test") from error
+    return sorted(visible, key=lambda entry: entry.name)
 
 
 def _images(folder: str | Path) -> Iterator[os.DirEntry[str]]:
+    """Yield the images in a folder and in those below it, in the order of their names."""
     for entry in _visible(folder):
         if entry.is_dir():
             yield from _images(entry.path)

@@ -107,10 +107,10 @@ def _import(value: str) -> str:
 
 
 def _order(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from trainkit.cli.run import hook_order
+    from trainkit.hooks import load_plugins
     from trainkit.recipe import load_recipe
 
-    found = hook_order(load_plugins(load_recipe(args.recipe, args.overrides)))
+    found = load_plugins(load_recipe(args.recipe, args.overrides)).order()
     return [{"hook": hook, "kind": kind, "plugins": plugins} for hook, kind, plugins in found]
 
 

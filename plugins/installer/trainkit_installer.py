@@ -42,7 +42,7 @@ examples:
 
     @staticmethod
     def run(args: argparse.Namespace) -> int:
-        """Show the command, ask, run it, and see whether the plugins are there then."""
+        """Show the command, ask, run it, and check that the plugins are installed then."""
         from trainkit.recipe import load_recipe
 
         recipe = load_recipe(args.recipe, args.overrides)
@@ -55,15 +55,18 @@ examples:
         if not (args.yes or _agreed()):
             print("nothing was installed")
             return 1
-        if code := subprocess.run(command, check=False).returncode:
+        code = subprocess.run(command, check=False).returncode
+        if code != 0:
             raise RunError(f"the command failed with exit code {code}; what it printed above says why")
         importlib.invalidate_caches()
-        if still := _missing(recipe):
-            raise PluginError(f"installed, but no package provides the plugin {', '.join(map(repr, still))}")
+        still_missing = _missing(recipe)
+        if still_missing:
+            raise PluginError(f"installed, but no package provides the plugin {', '.join(map(repr, still_missing))}")
         return 0
 
 
 def _missing(recipe: Recipe) -> list[str]:
+    """Return the plugins that the recipe lists and that are not installed."""
     have = installed()
     return [name for name in recipe.plugins if name not in have]
 
@@ -76,19 +79,27 @@ def _sources(recipe: Recipe, missing: list[str]) -> list[str]:
         RecipeError: a requirement is not a project with versions.
     """
     for name in missing:
-        if not name.isidentifier():  # a file's name, say, would have another meaning to the installer
+        if not name.isidentifier():  # to the installer, `-r` would be an option and `./x` a path
             raise PluginError(f"{recipe.where}: plugins: {name!r} is no name of a plugin")
     sources = {name: shlex.split(source_of(recipe, name) or "") for name in missing}
-    if unknown := [name for name, source in sources.items() if not source]:
+    unknown = [name for name, source in sources.items() if not source]
+    if unknown:
         raise PluginError(missing_hint(recipe, unknown, installed()))
     arguments: list[str] = []
     for source in sources.values():
-        is_folder = len(source) == 2  # -e and the folder; a requirement is quoted, so it is one word whatever it says
-        arguments += source if is_folder else [_requirement(recipe, source[0])]
+        if len(source) == 2:  # -e and a folder
+            arguments += source
+        else:  # a requirement, which is quoted, so that it is one word whatever it says
+            arguments.append(_requirement(recipe, source[0]))
     return arguments
 
 
 def _requirement(recipe: Recipe, text: str) -> str:
+    """Return a requirement in its normal form.
+
+    Raises:
+        RecipeError: it cannot be parsed, or it names an address.
+    """
     from packaging.requirements import InvalidRequirement, Requirement
 
     try:
@@ -109,15 +120,18 @@ def _installer() -> list[str]:
     settings = Path(sys.prefix, "pyvenv.cfg")
     made_by_uv = settings.is_file() and re.search(r"^uv\s*=", settings.read_text(), re.MULTILINE)
     has_pip = find_spec("pip") is not None
-    if (made_by_uv or not has_pip) and (uv := shutil.which("uv")):
+    uv = shutil.which("uv") if made_by_uv or not has_pip else None
+    if uv:
         return [uv, "pip", "install", "--python", sys.executable]
     if has_pip:
         return [sys.executable, "-m", "pip", "install"]
-    raise UsageError(f"neither pip nor uv is there for {sys.executable}; add pip with `python -m ensurepip`")
+    raise UsageError(f"neither pip nor uv can install into {sys.executable}; add pip with `python -m ensurepip`")
 
 
 def _agreed() -> bool:
+    """Ask on the terminal whether to run the command."""
     if not sys.stdin.isatty():
         raise UsageError("there is no terminal to ask on; pass --yes to run this command")
     print("run this? [y/N] ", end="", flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")  # the end of the input is a no
+    answer = sys.stdin.readline()  # empty at the end of the input, which counts as no
+    return answer.strip().lower() in ("y", "yes")

@@ -38,8 +38,8 @@ class LinearWarmup:
             raise ValueError(f"the length of the warm-up is either 'steps' or 'epochs', and {given} given")
 
     @hookimpl
-    def scheduler(self, run: Run, optimizer: Optimizer) -> None:
-        """Surround the optimizer's step; there is no scheduler, because nothing lasts beyond it."""
+    def built(self, run: Run) -> None:
+        """Surround the optimizer's step."""
         self._length = self.steps or max(1, round((self.epochs or 0) * run.steps_per_epoch))
         # The rates before each step that is under way: torch fires these hooks again, within the first time, where the
         # step of an optimizer's class calls that of its base class.
@@ -55,8 +55,8 @@ class LinearWarmup:
             for group, rate in zip(optimizer.param_groups, before.pop(), strict=True):
                 group["lr"] = rate
 
-        optimizer.register_step_pre_hook(warm)
-        optimizer.register_step_post_hook(restore)
+        run.optimizer.register_step_pre_hook(warm)
+        run.optimizer.register_step_post_hook(restore)
 
     @hookimpl
     def epoch_end(self, run: Run, metrics: dict[str, float]) -> None:

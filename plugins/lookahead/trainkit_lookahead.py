@@ -55,18 +55,23 @@ class LookaheadOptimizer(Optimizer):
         self.k = k
         self.alpha = alpha
         self.sync = sync
-        self.due = 0 if sync == "every_k" else 1 % k  #: steps modulo k when it is time to synchronise
+        #: It synchronises when the number of steps modulo k is this.
+        self.due = 0 if sync == "every_k" else 1 % k
         self.steps = 0
         self.slow: list[Tensor] = []
         self._share()
 
     def _share(self) -> None:
-        # the same objects: a learning rate set here, or a group added, is the base optimizer's as well
+        """Hold the base optimizer's own groups and state, so that a new learning rate or group here is one there."""
         self.param_groups = self.base.param_groups
         self.state = self.base.state
 
     def _fast(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        """Return the parameters of all groups, which are the fast weights."""
+        fast: list[Tensor] = []
+        for group in self.param_groups:
+            fast += group["params"]
+        return fast
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -88,14 +93,16 @@ class LookaheadOptimizer(Optimizer):
         return loss
 
     def _begin(self) -> None:
-        """Start the slow weights of parameters that have none yet: all at first, later those of an added group."""
-        self.slow += [p.clone() for p in self._fast()[len(self.slow) :]]
+        """Copy the parameters that have no slow weights yet: at first all, later those of an added group."""
+        without_slow = self._fast()[len(self.slow) :]
+        self.slow += [parameter.clone() for parameter in without_slow]
 
     def _synchronise(self) -> None:
         """Compute ``slow += (fast - slow) * alpha; fast = slow``: Algorithm 1.
 
-        The fast weights are overwritten in the end, so they serve as the scratch memory. Each operation rounds as it
-        would for one parameter at a time; a fused one (lerp, or add with alpha) would round once less.
+        The fast weights are overwritten at the end, so they hold the intermediate results, and no memory is allocated.
+        Each operation rounds as it would for one parameter at a time. A fused one (lerp, or add with alpha) would round
+        once less.
         """
         fast = self._fast()
         torch._foreach_sub_(fast, self.slow)
@@ -104,7 +111,7 @@ class LookaheadOptimizer(Optimizer):
         torch._foreach_copy_(fast, self.slow)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state, and beside it the number of steps and the slow weights."""
+        """Return the base optimizer's state, with the number of steps and the slow weights in ``lookahead``."""
         return {**self.base.state_dict(), "lookahead": {"steps": self.steps, "slow": list(self.slow)}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -120,12 +127,13 @@ class LookaheadOptimizer(Optimizer):
                 "recipe that it was saved with"
             )
         fast = self._fast()
-        if [s.shape for s in own["slow"]] != [p.shape for p in fast[: len(own["slow"])]]:
+        saved = own["slow"]  # none for a group that was added and has not been stepped with
+        if [slow.shape for slow in saved] != [parameter.shape for parameter in fast[: len(saved)]]:
             raise RecipeError(
                 "the saved slow weights do not fit the model; continue with the recipe they were saved with"
             )
         self.base.load_state_dict(state_dict)
         self._share()
         self.steps = own["steps"]
-        # in the parameters' own memory layout, which keeps the multi-tensor operations on their fast path
-        self.slow = [torch.empty_like(p).copy_(s) for p, s in zip(fast, own["slow"], strict=False)]
+        # In the parameters' own memory format: torch's multi-tensor operations are fast only where formats agree.
+        self.slow = [torch.empty_like(parameter).copy_(slow) for parameter, slow in zip(fast, saved, strict=False)]

@@ -7,6 +7,8 @@ from attrs.validators import gt
 from torch.nn.functional import one_hot
 
 from trainkit import Batch, Run
+from trainkit.data import describe
+from trainkit.errors import RecipeError
 from trainkit.plugin import hookimpl, plugin
 
 __all__ = ["Mixup", "mix"]
@@ -29,6 +31,19 @@ class Mixup:
     alpha: float = field(default=1.0, validator=gt(0))
 
     @hookimpl
+    def built(self, run: Run) -> None:
+        """Look at the targets of the data.
+
+        Raises:
+            RecipeError: they are no classes.
+        """
+        if not run.data.has_class_targets:
+            raise RecipeError(
+                f"it mixes classes, and the data's targets are {describe(run.data.train[0][1])}; drop it, or list a "
+                "plugin that mixes such targets"
+            )
+
+    @hookimpl
     def transform_batch(self, run: Run, batch: Batch) -> Batch:
         """Mix the batches of the training split."""
         if run.split != "train":
@@ -49,4 +64,5 @@ def mix(batch: Batch, lam: float, classes: int) -> Batch:
         Images [N, C, H, W] and probabilities [N, classes].
     """
     targets = batch.targets if batch.targets.ndim == 2 else one_hot(batch.targets, classes).to(batch.images.dtype)
-    return Batch(batch.images.roll(1, 0).lerp_(batch.images, lam), targets.roll(1, 0).lerp_(targets, lam))
+    images = batch.images.roll(1, 0).lerp_(batch.images, lam)
+    return Batch(images, targets.roll(1, 0).lerp_(targets, lam), batch.indices)

@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import attrs
@@ -50,8 +51,8 @@ class ModelSummary:
     @hookimpl
     def fit_start(self, run: Run) -> None:
         """Print the table."""
-        shape = run.image_shape
-        run.console.print(render(summarize(run.model, shape), f"{run.recipe.name}, {_times(shape)} images"))
+        summary = summarize(run.model, run.image_shape)
+        run.console.print(render(summary, f"{run.recipe.name}, {_times(run.image_shape)} images"))
 
 
 def summarize(model: nn.Module, shape: tuple[int, int, int]) -> Summary:
@@ -64,48 +65,90 @@ def summarize(model: nn.Module, shape: tuple[int, int, int]) -> Summary:
         model: a network from images [N, C, H, W] to one tensor, such as logits.
         shape: channels, height and width of an image.
     """
-    trial = copy.deepcopy(model).to("meta").eval()
-    outputs: dict[nn.Module, tuple[int, ...]] = {}
+    outputs, flops, total_flops = _trace(model, shape)
+    parts: list[Part] = []
+    uncounted = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for path, module in _parts(model):
+        own = uncounted & set(module.parameters())  # without those that an earlier part has, too
+        uncounted -= own
+        convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+        part = Part(
+            path=path,
+            layers=_layers(_opened(module)),
+            output=outputs.get(path, ()),
+            kernels=list(dict.fromkeys(conv.kernel_size for conv in convs)),
+            channels=list(dict.fromkeys(conv.out_channels for conv in convs)),
+            parameters=_count(own),
+            flops=flops[path],
+        )
+        parts.append(part)
+    rest_flops = total_flops - sum(part.flops for part in parts)
+    if uncounted or rest_flops:
+        parts.append(
+            Part(
+                path="",
+                layers={type(model).__name__: 1},
+                output=(),
+                kernels=[],
+                channels=[],
+                parameters=_count(uncounted),
+                flops=rest_flops,
+            )
+        )
+    parameters = count_parameters(model)
+    named = model.named_parameters(remove_duplicate=False)  # a shared one comes under each of its names
+    unshared = _count(parameter for _, parameter in named if parameter.requires_grad)
+    modules = list(model.modules())[1:]  # without the network itself
+    return Summary(
+        parts=parts,
+        layers=_layers(modules),
+        parameters=parameters,
+        shared=unshared - parameters,
+        flops=total_flops,
+    )
+
+
+def _trace(model: nn.Module, shape: tuple[int, int, int]) -> tuple[dict[str, tuple[int, ...]], dict[str, int], int]:
+    """Pass one image forward and backward through a copy of the network on the meta device.
+
+    Returns:
+        The shape of each part's output, without N, by path; the operations of each part, by path; all operations.
+    """
+    copied = copy.deepcopy(model).to("meta").eval()
+    outputs: dict[str, tuple[int, ...]] = {}
 
     def enter(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        # An identity must not return the tensor that it got, or the counter never sees its backward pass end.
+        # FlopCounterMode (torch 2.14) takes a module's backward pass to begin at the gradients of its outputs and to
+        # end at those of its inputs. In a module that returns its input, as an identity does, both are one tensor, and
+        # it misses the end. A view makes them two tensors.
         return tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in inputs)
 
-    def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        outputs[module] = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
+    def leave(path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs[path] = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
 
-    for _, traced in _parts(trial):
-        traced.register_forward_pre_hook(enter)
-        traced.register_forward_hook(leave)
+    parts = dict(_parts(copied))
+    for path, part in parts.items():
+        part.register_forward_pre_hook(enter)
+        part.register_forward_hook(partial(leave, path))
     with FlopCounterMode(display=False) as counter:
-        trial(torch.zeros(1, *shape, device="meta")).sum().backward()
-
-    parts: list[Part] = []
-    left = {p for p in model.parameters() if p.requires_grad}
-    for path, module in _parts(model):
-        own = left & set(module.parameters())
-        left -= own
-        convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
-        kernels = list(dict.fromkeys(conv.kernel_size for conv in convs))
-        channels = list(dict.fromkeys(conv.out_channels for conv in convs))
-        output = outputs.get(trial.get_submodule(path), ())
-        flops = sum(counter.get_flop_counts().get(f"{type(trial).__name__}.{path}", {}).values())
-        parts.append(Part(path, _layers(_opened(module)), output, kernels, channels, _count(own), flops))
-    flops = counter.get_total_flops() - sum(part.flops for part in parts)
-    if left or flops:
-        parts.append(Part("", {type(model).__name__: 1}, (), [], [], _count(left), flops))
-    parameters = count_parameters(model)
-    used = _count(p for _, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
-    return Summary(parts, _layers(list(model.modules())[1:]), parameters, used - parameters, counter.get_total_flops())
+        copied(torch.zeros(1, *shape, device="meta")).sum().backward()
+    counts = counter.get_flop_counts()
+    flops = {path: sum(counts.get(f"{type(copied).__name__}.{path}", {}).values()) for path in parts}
+    return outputs, flops, counter.get_total_flops()
 
 
 def render(summary: Summary, title: str) -> Table:
     """Lay a summary out as a table for 100 columns."""
     unshared = f"; {summary.parameters + summary.shared:,} without sharing" if summary.shared else ""
     notes = f"{_listed(summary.layers)}\nparameters: trainable{unshared}\nGFLOP: one image, forward and backward"
-    table = Table("module", "layers", "output", "kernels", "channels", title=title, caption=notes, box=box.SIMPLE)
-    table.title_justify = table.caption_justify = "left"
-    table.show_footer, table.columns[0].footer, table.columns[1].overflow = True, "total", "fold"
+    table = Table(title=title, caption=notes, box=box.SIMPLE, show_footer=True)
+    table.title_justify = "left"
+    table.caption_justify = "left"
+    table.add_column("module", "total")
+    table.add_column("layers", overflow="fold")
+    table.add_column("output")
+    table.add_column("kernels")
+    table.add_column("channels")
     table.add_column("parameters", f"{summary.parameters:,}", justify="right")
     table.add_column("GFLOP", f"{summary.flops / 1e9:,.2f}", justify="right")
     for part in summary.parts:
@@ -122,29 +165,41 @@ def render(summary: Summary, title: str) -> Table:
 
 
 def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the top-level modules by path; in place of one that only holds containers, yield these."""
     for name, module in model.named_children():
-        held = {type(child) for child in module.children()}
-        if isinstance(module, nn.ModuleList) or held == {nn.Sequential}:  # a ModuleList itself is never called
+        children = {type(child) for child in module.children()}
+        # A ModuleList itself is never called, so it has no output.
+        if isinstance(module, nn.ModuleList) or children == {nn.Sequential}:
             yield from _parts(module, f"{prefix}{name}.")
         else:
             yield prefix + name, module
 
 
 def _opened(module: nn.Module) -> list[nn.Module]:
-    return [m for c in module.children() for m in _opened(c)] if isinstance(module, nn.Sequential) else [module]
+    """Return a module alone, or what a ``Sequential`` holds, at any depth."""
+    if not isinstance(module, nn.Sequential):
+        return [module]
+    opened = []
+    for child in module.children():
+        opened += _opened(child)
+    return opened
 
 
 def _layers(modules: Iterable[nn.Module]) -> dict[str, int]:
-    return Counter(type(m).__name__ for m in modules if not isinstance(m, (nn.Sequential, nn.ModuleList, nn.Identity)))
+    """Count modules by class, without containers and identities."""
+    passive = (nn.Sequential, nn.ModuleList, nn.Identity)
+    return Counter(type(module).__name__ for module in modules if not isinstance(module, passive))
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters)
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _listed(layers: dict[str, int]) -> str:
+    """Return counted layers as "2 Conv2d, ReLU"."""
     return ", ".join(f"{count} {name}" if count > 1 else name for name, count in layers.items())
 
 
 def _times(sizes: Iterable[int]) -> str:
+    """Return sizes as 3x32x32."""
     return "x".join(map(str, sizes))

@@ -54,7 +54,7 @@ class NonFinite:
     @hookimpl
     def fit_start(self, run: Run) -> None:
         """Take the parameters' names, and note the learning rate of each update as the optimizer itself sees it."""
-        self._parameters = [(n, p) for n, p in run.model.named_parameters() if p.requires_grad]
+        self._parameters = list(run.model.named_parameters())
         run.optimizer.register_step_pre_hook(self._note_lr)
 
     @hookimpl
@@ -89,8 +89,8 @@ class NonFinite:
             self._look(wait=True)
 
     @hookimpl
-    def metrics(self) -> None:
-        """Look at all steps so far, before the evaluation; reports nothing.
+    def eval_start(self) -> None:
+        """Look at all steps so far, before the evaluation.
 
         Raises:
             RunError: a step was not finite.

@@ -20,12 +20,12 @@ class OneCycleLR:
     """Raise the learning rate to a maximum and lower it to almost 0, once (Smith and Topin, arXiv:1708.07120).
 
     The options are those of ``torch.optim.lr_scheduler.OneCycleLR``, with its defaults, and the rates of all steps are
-    torch's; it changes after every optimizer step. The optimizer's own learning rate is not used.
+    torch's. The rate changes after every optimizer step. The optimizer's own learning rate is not used.
 
     Args:
         max_lr: the highest learning rate; greater than 0.
-        total_steps: optimizer steps of the cycle; at least 1. By default the training batches of the whole run; where
-            one step takes several batches, give the number of steps. Beyond it the rate stays as it was at the end.
+        total_steps: optimizer steps of the cycle; at least 1. By default all steps of the run. Beyond it
+            the rate stays as it was at the end.
         pct_start: the part of the cycle in which the learning rate rises; at least 0, at most 1.
         anneal_strategy: the shape of rise and fall: ``cos`` or ``linear``.
         cycle_momentum: let the momentum (or the first beta) move against the learning rate.
@@ -57,20 +57,20 @@ class OneCycleLR:
         Raises:
             RecipeError: the optimizer has no momentum to cycle, or the rise is one step long.
         """
-        total = self.total_steps or run.epochs * run.steps_per_epoch
+        total_steps = self.total_steps or run.total_steps
         if self.cycle_momentum and not {"momentum", "betas"} & optimizer.defaults.keys():
             raise RecipeError(
                 f"{type(optimizer).__name__} has neither a momentum nor betas to cycle; set cycle_momentum: false"
             )
-        if self.pct_start * total == 1:  # torch would divide by the 0 steps between first and highest rate
+        if self.pct_start * total_steps == 1:  # torch would divide by the 0 steps between first and highest rate
             raise RecipeError(
-                f"'pct_start': {self.pct_start:g} of {total} steps is one step, and the first one cannot be at both "
-                "the first and the highest learning rate; set it to 0, or to more than one step"
+                f"'pct_start': {self.pct_start:g} of {total_steps} steps is one step, and the first one cannot be at "
+                "both the first and the highest learning rate; set it to 0, or to more than one step"
             )
         scheduler = _OneCycle(
             optimizer,
             self.max_lr,
-            total_steps=total,
+            total_steps=total_steps,
             pct_start=self.pct_start,
             anneal_strategy=self.anneal_strategy,
             cycle_momentum=self.cycle_momentum,
@@ -84,13 +84,13 @@ class OneCycleLR:
 
 
 class _OneCycle(torch.optim.lr_scheduler.OneCycleLR):
-    """torch's cycle, which ends at its end."""
+    """torch's cycle, whose rate stays as it is after the last step."""
 
     def get_lr(self) -> list[float | Tensor]:
         """Return the rate of the next step.
 
-        The last step of the cycle is followed by a move of the schedule like any other. torch would extrapolate there,
-        even below 0, and fail at the move after it.
+        A schedule moves on after the last step of its cycle, too. There, torch (2.14) extrapolates, even below 0. At
+        the move after that it fails.
         """
         if self.last_epoch >= self.total_steps:
             return [group["lr"] for group in self.optimizer.param_groups]

@@ -3,7 +3,6 @@
 from datetime import timedelta
 from math import inf
 from time import perf_counter
-from typing import Literal
 
 from attrs import field
 from rich.progress import BarColumn, TextColumn
@@ -30,7 +29,7 @@ class Progress:
     _bars: Bars | None = field(init=False, default=None)
     _loss: float | None = field(init=False, default=None)
     _speed: str = field(init=False, default="")  # of the last training pass, as shown
-    _split: Literal["train", "test"] = field(init=False, default="train")  # what is passed over now
+    _split: str = field(init=False, default="train")  # what is passed over now
     _before: int = field(init=False, default=0)  # batches of it that were done when the run was resumed
     _batches: int = field(init=False, default=0)  # batches of it since
     _began: float = field(init=False, default=0.0)
@@ -53,9 +52,16 @@ class Progress:
             self._bars.start()
 
     @hookimpl
-    def epoch_start(self) -> None:
-        """Begin to count training batches."""
-        self._begin("train", 0)
+    def train_start(self, run: Run) -> None:
+        """Begin to count training batches, on a resume inside an epoch from where it goes on."""
+        self._begin("train", run.batch_index)
+
+    @hookimpl
+    def eval_start(self, run: Run) -> None:
+        """Begin to count the batches of a split that is evaluated."""
+        if self._split == "train":
+            self._speed = self._speed_so_far(run)
+        self._begin(run.split, 0)
 
     @hookimpl
     def forward_end(self, run: Run) -> None:
@@ -63,13 +69,6 @@ class Progress:
         self._batches += 1
         if perf_counter() >= self._next:
             self._show(run)
-
-    @hookimpl
-    def metrics(self, run: Run, split: Literal["train", "test"]) -> None:
-        """Go on from training to testing."""
-        if split == "train":
-            self._speed = self._speed_so_far(run)
-            self._begin("test", 0)
 
     @hookimpl
     def log(self, record: dict[str, float]) -> None:
@@ -80,8 +79,8 @@ class Progress:
     def epoch_end(self, run: Run, metrics: dict[str, float]) -> None:
         """Print the line of the epoch, where there are no bars."""
         if self._bars is None:
-            values = [_value(name, value) for name, value in metrics.items() if name not in ("epoch", "step", "lr")]
-            self._print(run, f"epoch {run.epoch + 1}/{run.epochs}", *values, f"lr {metrics['lr']:g}", self._speed)
+            values = [_value(name, metrics[name]) for name in metrics if _is_shown(run, name)]
+            self._print(run, f"epoch {metrics['epoch']:g}/{run.epochs}", *values, f"lr {metrics['lr']:g}", self._speed)
 
     @hookimpl
     def fit_end(self, run: Run) -> None:
@@ -95,7 +94,7 @@ class Progress:
                 self._bars = None
         self._next = inf
 
-    def _begin(self, split: Literal["train", "test"], batch: int) -> None:
+    def _begin(self, split: str, batch: int) -> None:
         self._split, self._before, self._batches, self._began = split, batch, 0, perf_counter()
 
     def _show(self, run: Run) -> None:
@@ -103,15 +102,17 @@ class Progress:
         if run.pending and now >= self._next_loss:
             run.flush_log()
             self._next_loss = now + LOSS
-        done, total = self._before + self._batches, len(run.batches[self._split])
+        done = self._before + self._batches
+        total = run.batches_per_epoch if self._split == "train" else len(run.batches[self._split])
         where = f"epoch {min(run.epoch + 1, run.epochs)}/{run.epochs}", f"{self._split} {done}/{total}"
-        loss = self._loss if self._split == "train" else None  # that of a test batch is not recorded
+        loss = self._loss if self._split == "train" else None  # no loss is recorded in an evaluation
         pace = _join(self._speed_so_far(run), _value("loss", loss) if loss is not None else "")
         if self._bars is None:
             self._print(run, *where, pace)
             return
-        last = (run.history or [{}])[-1].items()
-        status = _join(self._eta(run), *(_value(name, value) for name, value in last if name.startswith("test_")))
+        last = run.history[-1] if run.history else {}
+        shown = [name for name in last if _is_shown(run, name) and not name.startswith("train_")]
+        status = _join(self._eta(run), *(_value(name, last[name]) for name in shown))
         epochs, batches = self._bars.task_ids
         self._bars.update(epochs, description=where[0], completed=_fraction(run), status=status)
         self._bars.update(batches, description=where[1], total=total, completed=done, status=pace)
@@ -123,7 +124,8 @@ class Progress:
         self._next = perf_counter() + LINE
 
     def _speed_so_far(self, run: Run) -> str:
-        size, images = run.batches[self._split].batch_size, len(run.batches[self._split].split)
+        size = run.batches[self._split].batch_size
+        images = run.images_per_epoch if self._split == "train" else len(run.batches[self._split].split)
         seen = min((self._before + self._batches) * size, images) - self._before * size
         speed = seen / ((perf_counter() - self._began) or inf)
         return f"{speed:,.0f} img/s" if speed >= 10 else f"{speed:.1f} img/s"
@@ -139,6 +141,12 @@ def _fraction(run: Run) -> float:
     """How much of the run is done, 0 to 1, by epochs or by steps, whichever ends it first."""
     epochs = (run.epoch + run.batch_index / run.batches_per_epoch) / run.epochs
     return max(epochs, run.step / run.recipe.max_steps) if run.recipe.max_steps else epochs
+
+
+def _is_shown(run: Run, name: str) -> bool:
+    """Tell whether the plugin that reports a metric wants it on the line."""
+    info = run.metric_info.get(name)
+    return info is not None and info.progress
 
 
 def _value(name: str, value: float) -> str:

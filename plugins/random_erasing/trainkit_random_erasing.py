@@ -19,18 +19,23 @@ __all__ = ["RandomErasing"]
 TRIES = 10
 
 
-def _range(instance: object, attribute: "attrs.Attribute[Any]", value: tuple[float, float]) -> None:
-    low, high = value
-    if not (0 <= low <= high <= 1 if attribute.name == "scale" else 0 < low <= high < np.inf):
-        bounds = "0 to 1" if attribute.name == "scale" else "greater than 0"
-        raise ValueError(f"{attribute.name!r} must be [least, greatest], {bounds}, not {value}")
+def _check_scale(instance: object, attribute: "attrs.Attribute[Any]", value: tuple[float, float]) -> None:
+    least, greatest = value
+    if not 0 <= least <= greatest <= 1:
+        raise ValueError(f"'scale' must be [least, greatest], 0 to 1, not {value}")
+
+
+def _check_ratio(instance: object, attribute: "attrs.Attribute[Any]", value: tuple[float, float]) -> None:
+    least, greatest = value
+    if not 0 < least <= greatest < np.inf:
+        raise ValueError(f"'ratio' must be [least, greatest], greater than 0, not {value}")
 
 
 @plugin
 class RandomErasing(Map):
     """Erase a random box of each training image, as torchvision's RandomErasing does (Zhong et al., AAAI 2020).
 
-    It works on what reaches it: listed after ``normalize`` on normalized images, and else on uint8 ones.
+    It fills boxes of the images that reach it: listed after ``normalize``, normalized images, and else uint8 ones.
 
     Args:
         p: the probability that an image is erased in, 0 to 1.
@@ -41,8 +46,8 @@ class RandomErasing(Map):
     """
 
     p: float = field(default=0.5, validator=and_(ge(0), le(1)))
-    scale: tuple[float, float] = field(default=(0.02, 0.33), validator=_range)
-    ratio: tuple[float, float] = field(default=(0.3, 3.3), validator=_range)
+    scale: tuple[float, float] = field(default=(0.02, 0.33), validator=_check_scale)
+    ratio: tuple[float, float] = field(default=(0.3, 3.3), validator=_check_ratio)
     value: int | float | tuple[int | float, ...] | Literal["random"] = 0
     _fill: Tensor = field(init=False)  # [1, 1 or C, 1, 1]
     _generator: torch.Generator = field(init=False)  # of the noise
@@ -67,18 +72,21 @@ class RandomErasing(Map):
     def draw(self, rng: np.random.Generator, n: int, size: Size) -> Draws:
         """Draw the boxes: top ``i``, left ``j``, height ``h`` and width ``w`` in pixels, int64 [n] each.
 
-        Of ten tries with uniform area and log-uniform ratio the first counts that is less high and less wide than the
-        image; where none is, and in images that stay as they are, ``h`` and ``w`` are 0.
+        Of ten tries with uniform area and log-uniform ratio, the first counts that is less high and less wide than the
+        image. Where none is, and in images that stay as they are, ``h`` and ``w`` are 0.
         """
         height, width = size
         erased = rng.random(n) < self.p
         area = rng.uniform(*self.scale, [n, TRIES]) * (height * width)
         ratio = np.exp(rng.uniform(np.log(self.ratio[0]), np.log(self.ratio[1]), [n, TRIES]))
-        heights, widths = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+        heights = np.rint(np.sqrt(area * ratio))
+        widths = np.rint(np.sqrt(area / ratio))
         fits = (heights < height) & (widths < width) & erased[:, None]
-        first = np.arange(n), fits.argmax(1)
-        h, w = (np.where(fits[first], sides[first], 0).astype(np.int64) for sides in (heights, widths))
-        if self.value == "random":  # on the device, where noise for all pixels costs little
+        first = np.arange(n), fits.argmax(1)  # the first that fits; try 0 where none does
+        found = fits[first]
+        h = np.where(found, heights[first], 0).astype(np.int64)
+        w = np.where(found, widths[first], 0).astype(np.int64)
+        if self.value == "random":  # `apply` draws the noise on the device
             self._generator.manual_seed(int(rng.integers(2**63)))
         return {
             "i": rng.integers(height - h, endpoint=True),
@@ -93,19 +101,29 @@ class RandomErasing(Map):
         Raises:
             RecipeError: the images are uint8, and `value` is not.
         """
-        if images.dtype == torch.uint8 and (self.value == "random" or any(v not in range(256) for v in self._values())):
+        if images.dtype == torch.uint8 and not self._is_uint8():
             raise RecipeError(
                 f"plugins.random_erasing.value: uint8 images reach it, so {self.value} must be whole numbers of 0 to "
                 "255; or move the line `random_erasing:` below `normalize:`"
             )
-        i, j, h, w = (params[name].view(-1, 1, 1) for name in "ijhw")
+        top, left, height, width = (params[name].view(-1, 1, 1) for name in ("i", "j", "h", "w"))
         y = torch.arange(images.shape[2], device=images.device).view(1, -1, 1)
         x = torch.arange(images.shape[3], device=images.device).view(1, 1, -1)
-        box = ((y >= i) & (y < i + h)) & ((x >= j) & (x < j + w))
+        rows = (y >= top) & (y < top + height)
+        columns = (x >= left) & (x < left + width)
+        box = (rows & columns).unsqueeze(1)
         fill = self._fill
         if self.value == "random":
             fill = torch.randn(images.shape, generator=self._generator, device=images.device)
-        return torch.where(box.unsqueeze(1), fill.to(images.dtype), images)
+        return torch.where(box, fill.to(images.dtype), images)
 
     def _values(self) -> list[float]:
-        return [float(v) for v in (self.value if isinstance(self.value, tuple | list) else (self.value,))]
+        """Return the numbers that `value` gives; not where it is ``random``."""
+        values = self.value if isinstance(self.value, tuple | list) else (self.value,)
+        return [float(value) for value in values]
+
+    def _is_uint8(self) -> bool:
+        """Return whether `value` can fill uint8 images as it is."""
+        if self.value == "random":
+            return False
+        return all(value in range(256) for value in self._values())

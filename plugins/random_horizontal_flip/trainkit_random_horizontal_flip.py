@@ -35,5 +35,6 @@ class RandomHorizontalFlip(Gather):
         return {"flip": rng.random(n) < self.p}
 
     def source(self, params: Params, y: Tensor, x: Tensor, size: Size) -> tuple[Tensor, Tensor]:
-        """Return the mirrored column where an image is to be mirrored."""
-        return y, torch.where(params["flip"].view(-1, 1, 1), size[1] - 1 - x, x)
+        """Return the same row, and the mirrored column where an image is to be mirrored."""
+        mirrored = size[1] - 1 - x
+        return y, torch.where(params["flip"].view(-1, 1, 1), mirrored, x)

@@ -13,7 +13,7 @@ from trainkit.plugin import hookimpl, plugin
 __all__ = ["BasicBlock", "ResNet"]
 
 
-def _odd(plugin: object, attribute: "Attribute[list[int]]", value: list[int]) -> None:
+def _check_odd(plugin: object, attribute: "Attribute[list[int]]", value: list[int]) -> None:
     if any(size < 1 or size % 2 == 0 for size in value):
         raise ValueError(f"{attribute.name!r} must be odd, so that padding keeps the image size, not {value}")
 
@@ -35,60 +35,72 @@ class ResNet:
         strides: stride of each stage's first block; when empty, 1 in the first stage and 2 in the others.
         dropout: probability of dropping a value between a block's two convolutions, in [0, 1).
         init: ``pytorch`` leaves the weights as PyTorch initializes them; ``kaiming_normal`` draws the weights of all
-            convolutions with ``nn.init.kaiming_normal_(weight)``: mean 0, variance 2 / fan_in. Batch normalization
-            starts with weight 1 and bias 0, and ``fc`` as PyTorch initializes it, either way.
+            convolutions with ``nn.init.kaiming_normal_(weight)``: mean 0, variance 2 / fan_in. With either,
+            batch normalization starts with weight 1 and bias 0, and ``fc`` as PyTorch initializes it.
     """
 
     stem: int = field(default=64, validator=ge(1))
     blocks: list[int] = field(factory=lambda: [2, 2, 2, 2], validator=[min_len(1), deep_iterable(ge(1))])
     channels: list[int] = field(factory=lambda: [64, 128, 256, 512], validator=deep_iterable(ge(1)))
-    kernel_sizes: list[int] = field(factory=lambda: [3], validator=_odd)
-    shortcut_kernel_sizes: list[int] = field(factory=lambda: [1], validator=_odd)
+    kernel_sizes: list[int] = field(factory=lambda: [3], validator=_check_odd)
+    shortcut_kernel_sizes: list[int] = field(factory=lambda: [1], validator=_check_odd)
     strides: list[int] = field(factory=list, validator=deep_iterable(ge(1)))
     dropout: float = field(default=0.0, validator=and_(ge(0), lt(1)))
     init: Literal["pytorch", "kaiming_normal"] = "pytorch"
 
     def __attrs_post_init__(self) -> None:
         stages = len(self.blocks)
-        for name, also in {"channels": stages, "kernel_sizes": 1, "shortcut_kernel_sizes": 1, "strides": 0}.items():
-            if (found := len(getattr(self, name))) not in (stages, also):
-                raise ValueError(f"{name!r} has length {found} and 'blocks' {stages}; give one value for each stage")
+        self._check_length("channels", stages)
+        self._check_length("kernel_sizes", stages, 1)
+        self._check_length("shortcut_kernel_sizes", stages, 1)
+        self._check_length("strides", stages, 0)
+
+    def _check_length(self, name: str, *allowed: int) -> None:
+        length = len(getattr(self, name))
+        if length not in allowed:
+            raise ValueError(
+                f"{name!r} has length {length} and 'blocks' {len(self.blocks)}; give one value for each stage"
+            )
 
     @hookimpl
     def model(self, run: Run) -> nn.Module:
         """Build the network for the data's channels and classes."""
-        stages = nn.Sequential()
-        in_channels = self.stem
-        for blocks, channels, stride, kernel_size, shortcut_kernel_size in zip(
-            self.blocks,
-            self.channels,
-            self.strides or [1] + [2] * (len(self.blocks) - 1),
-            self._for_each_stage(self.kernel_sizes),
-            self._for_each_stage(self.shortcut_kernel_sizes),
-            strict=True,
-        ):
-            stages.append(stage := nn.Sequential())
-            for block_stride in [stride] + [1] * (blocks - 1):
-                block = BasicBlock(
-                    in_channels,
-                    channels,
-                    stride=block_stride,
-                    kernel_size=kernel_size,
-                    shortcut_kernel_size=shortcut_kernel_size,
-                    dropout=self.dropout,
-                )
-                stage.append(block)
-                in_channels = channels
+        # Each layer draws its initial weights when it is made, so the order of these lines decides what each one gets.
+        stages = self._stages()
         stem = _sequential(
             conv=_conv(run.data.shape[0], self.stem, 3), bn=nn.BatchNorm2d(self.stem), relu=nn.ReLU(inplace=True)
         )
-        fc = nn.Linear(in_channels, len(run.data.classes))
+        fc = nn.Linear(self.channels[-1], len(run.data.classes))
         model = _sequential(stem=stem, stages=stages, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=fc)
         if self.init == "kaiming_normal":
             for module in model.modules():
                 if isinstance(module, nn.Conv2d):
                     nn.init.kaiming_normal_(module.weight)
         return model
+
+    def _stages(self) -> nn.Sequential:
+        """Build all stages; the first block of each changes the number of channels and the size."""
+        kernel_sizes = self._for_each_stage(self.kernel_sizes)
+        shortcut_kernel_sizes = self._for_each_stage(self.shortcut_kernel_sizes)
+        strides = self.strides or [1] + [2] * (len(self.blocks) - 1)
+        in_channels = self.stem
+        stages = nn.Sequential()
+        for number, blocks in enumerate(self.blocks):
+            stage = nn.Sequential()
+            for block in range(blocks):
+                stage.append(
+                    BasicBlock(
+                        in_channels,
+                        self.channels[number],
+                        stride=strides[number] if block == 0 else 1,
+                        kernel_size=kernel_sizes[number],
+                        shortcut_kernel_size=shortcut_kernel_sizes[number],
+                        dropout=self.dropout,
+                    )
+                )
+                in_channels = self.channels[number]
+            stages.append(stage)
+        return stages
 
     def _for_each_stage(self, sizes: list[int]) -> list[int]:
         return sizes * len(self.blocks) if len(sizes) == 1 else sizes
@@ -142,7 +154,7 @@ class BasicBlock(nn.Module):
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    """Return a convolution without bias (batch normalization follows) that keeps the size but for its stride."""
+    """Return a convolution without bias, because batch normalization follows; at stride 1 it keeps the size."""
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
 
 

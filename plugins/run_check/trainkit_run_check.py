@@ -124,17 +124,17 @@ def _resume(run_dir: RunDir) -> tuple[list[str], str]:
     """Return what keeps the run from resuming exactly, and from where it would resume."""
     from rich.console import Console
 
-    from trainkit.cli.resume import differences, load_latest
+    from trainkit import provenance
     from trainkit.recipe import load_recipe
     from trainkit.run import build
-    from trainkit.trainer import provenance
 
     try:
-        with run_dir.locked():  # a run that goes on cannot be resumed
+        with run_dir.exclusive():  # a run that goes on cannot be resumed
             recipe = load_recipe(run_dir.recipe_path())
-            state, notice = load_latest(run_dir)
+            state, notice = run_dir.load_latest()
             built = build(recipe, console=Console(quiet=True))
-            reasons = differences(state, recipe, provenance(built))
+            found = provenance.compare(state["provenance"], provenance.record(built))
+            reasons = [str(difference) for difference in found if difference.effect == "numbers"]
             built.load_state_dict(state)
         # a checkpoint counts the rows that metric_log wrote before it, and resuming needs them
         counted = state["plugins"].get("metric_log", {"state": {"rows": 0}})["state"]["rows"]

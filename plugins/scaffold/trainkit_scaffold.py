@@ -9,7 +9,6 @@ import re
 import shlex
 import sys
 import tomllib
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +22,41 @@ from trainkit.registry import COMMANDS, PLUGINS, installed
 
 __all__ = ["Docs", "New"]
 
-HOOKS = {name: spec for phase in hookspecs.PHASES for name, spec in vars(phase).items() if name[0] != "_"}
 
-# What a method ends with: by hook where a run needs something, else by kind.
+def _specifications() -> dict[str, Any]:
+    """Return the specification of each hook by name, in the order of a run."""
+    found = {}
+    for phase in hookspecs.PHASES:
+        for name, specification in vars(phase).items():
+            if not name.startswith("_"):
+                found[name] = specification
+    return found
+
+
+HOOKS = _specifications()
+
+# The last lines of a method: by hook where a run needs more than nothing, else by the hook's kind.
 ENDINGS = {
     "data": "return fake_data()",
+    "epoch_order": "return arange(len(run.data.train))",
+    "batches_per_step": "return 1",
     "model": "size = prod(run.data.shape)\n"
     "        return nn.Sequential(nn.Flatten(), nn.Linear(size, len(run.data.classes)))",
     "loss": "return nn.functional.cross_entropy",
     "optimizer": "return Adam(params)",
-    "backward": "autograd.backward(loss)\n        return True",
+    "backward": "autograd.backward(loss)",
     "optimizer_step": "run.optimizer.step()",
     "one": "return None",
     "list": "return None",
 }
 
-# What a module uses beside what the specifications import.
+# What a plugin's module may import, besides what the specifications import.
 IMPORTS = """
 from math import prod
 from attrs import field
 from attrs.validators import min_len
-from torch import autograd
+from torch import arange, autograd
 from torch.optim import Adam
-from trainkit.hookspecs import Split
 from trainkit.plugin import hookimpl, plugin
 from trainkit.testing import fake_data
 """
@@ -70,10 +81,11 @@ examples:
 
     @staticmethod
     def run(args: argparse.Namespace) -> int:
-        """Write the files where nothing is yet, and print what comes next."""
+        """Write the files into a new folder, and print what to do next."""
         home: Path = args.folder / args.name
         files = _files(args.name, args.hook or ["fit_start"])
-        if taken := installed().get(args.name):
+        taken = installed().get(args.name)
+        if taken:
             raise UsageError(f"{args.name!r}: {taken[0].distribution} has a plugin of this name; choose another")
         try:
             home.mkdir(parents=True)
@@ -83,81 +95,124 @@ examples:
         except OSError as error:
             raise UsageError(f"{home}: {error.strerror}; choose another name or --folder") from error
         place = shlex.quote(str(home) if home.is_absolute() else f"./{home}")
-        print(f"{home} is written; try it, then list it in a recipe:\n\n  pip install -e {place}")
-        print(f"  python -m pytest {place}\n\nplugins:\n  {args.name}: {{message: hello}}")
+        print(f"{home} is written; try it, then list it in a recipe:\n")
+        print(f"  pip install -e {place}")
+        print(f"  python -m pytest {place}\n")
+        print("plugins:")
+        print(f"  {args.name}: {{message: hello}}")
         return 0
 
 
 def _files(name: str, hooks: list[str]) -> dict[str, str]:
-    """Return the text of each file of a plugin that implements these hooks."""
-    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name) or len(name) > 40:
-        raise UsageError(
-            f"{name!r} cannot be a plugin's name: expected lower-case words of letters and digits joined by `_`, at "
-            "most 40 characters and no keyword of Python, such as random_erasing"
-        )
+    """Return the text of each file of a plugin that implements these hooks, by path.
+
+    Raises:
+        UsageError: the name cannot be a plugin's, or there is no such hook.
+    """
+    _check_name(name)
     for hook in hooks:
         if hook not in HOOKS:
             raise UsageError(f"no hook {hook!r}{did_you_mean(hook, HOOKS) or '; there are ' + ', '.join(HOOKS)}")
     chosen = [hook for hook in HOOKS if hook in hooks]
-    cls = name.title().replace("_", "")
-    if keyword.iskeyword(cls) or re.search(rf"\b{cls}\b", inspect.getsource(hookspecs) + IMPORTS):
-        cls += "Plugin"
-    methods = "".join(map(_method, chosen))
+    methods = "".join(_method(hook) for hook in chosen)
     major, minor = trainkit.__version__.split(".")[:2]
     values = {
         "HYPHENATED-NAME": name.replace("_", "-"),
         "NAME": name,
-        "CLASS": cls,
+        "CLASS": _class_name(name),
         "TITLE": name.replace("_", " ").capitalize(),
         "VERSIONS": f"{major}.{minor},<{major}.{int(minor) + 1}",
         "HOOKS": str(len(chosen)),
         "IMPORTS": _imports("@plugin field min_len" + methods),
         "METHODS\n": methods,
     }
-    # the README shows the files, and a distribution carries its README in its metadata
+    files = {}
+    for path, template in _templates():
+        files[path.replace("NAME", name)] = re.sub("|".join(values), lambda found: values[found.group()], template)
+    return files
+
+
+def _templates() -> list[tuple[str, str]]:
+    """Return path and text of each template: the README shows them, and a distribution's metadata holds its README."""
     readme = importlib.metadata.metadata("trainkit-scaffold")["Description"]
-    return {
-        path.replace("NAME", name): re.sub("|".join(values), lambda m: values[m.group()], text)
-        for path, text in re.findall(r"^~~~~ (\S+)\n(.*?)^~~~~$", readme, re.MULTILINE | re.DOTALL)
-    }
+    return re.findall(r"^~~~~ (\S+)\n(.*?)^~~~~$", readme, re.MULTILINE | re.DOTALL)
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name) or len(name) > 40:
+        raise UsageError(
+            f"{name!r} cannot be a plugin's name: expected lower-case words of letters and digits joined by `_`, at "
+            "most 40 characters and no keyword of Python, such as random_erasing"
+        )
+
+
+def _class_name(name: str) -> str:
+    """Return the plugin's name in CamelCase, with a suffix where it would hide what the module imports."""
+    camel_case = name.title().replace("_", "")
+    importable = inspect.getsource(hookspecs) + IMPORTS
+    if keyword.iskeyword(camel_case) or re.search(rf"\b{camel_case}\b", importable):
+        return camel_case + "Plugin"
+    return camel_case
 
 
 def _method(hook: str) -> str:
     """Return a method with the hook's own arguments, types and first sentence."""
     signature = inspect.signature(HOOKS[hook])
-    kind = HOOKS[hook].trainkit_kind
-    _, *given = [f"{p.name}: {p.annotation}" for p in signature.parameters.values()]
+    arguments = [
+        f"{parameter.name}: {parameter.annotation}"
+        for parameter in signature.parameters.values()
+        if parameter.name != "self"
+    ]
     sentence = (inspect.getdoc(HOOKS[hook]) or "").partition("\n")[0]
-    ending = f"return {[*signature.parameters][-1]}" if kind == "chain" else ENDINGS.get(hook) or ENDINGS.get(kind)
-    return f'''
+    kind = HOOKS[hook].trainkit_kind
+    if kind == "chain":  # hands on its last argument
+        last = list(signature.parameters)[-1]
+        ending = f"return {last}"
+    else:
+        ending = ENDINGS.get(hook) or ENDINGS.get(kind, "")
+    method = f'''
     @hookimpl
-    def {hook}(self, {", ".join(given)}) -> {signature.return_annotation}:
+    def {hook}(self, {", ".join(arguments)}) -> {signature.return_annotation}:
         """{sentence}"""
         run.console.print(f"{hook}: {{self.message}}", markup=False)
-''' + (f"        {ending}\n" if ending else "")
+'''
+    if ending:
+        method += f"        {ending}\n"
+    return method
 
 
 def _imports(code: str) -> str:
-    """Return the import lines for all that code uses, in the order of ruff: Python's own, others, trainkit's."""
+    """Return the import lines for the names that code uses, in ruff's order: Python's modules, others, trainkit's."""
+    importable = inspect.getsource(hookspecs) + IMPORTS
     used: dict[str, set[str]] = {}
-    for module, names in re.findall(r"^ *from (\S+) import (.+)", inspect.getsource(hookspecs) + IMPORTS, re.MULTILINE):
+    for module, names in re.findall(r"^ *from (\S+) import (.+)", importable, re.MULTILINE):
         for name in names.split(", "):
             if re.search(rf"\b{name}\b", code):
-                public = module.startswith("trainkit.") and name.istitle() and name in dir(trainkit)
-                used.setdefault("trainkit" if public else module, set()).add(name)
+                used.setdefault(_public_module(module, name), set()).add(name)
 
-    def group(module: str) -> tuple[bool, bool]:
-        return module.startswith("trainkit"), module.partition(".")[0] not in sys.stdlib_module_names
+    python_block, others_block, trainkit_block = "", "", ""
+    for module in sorted(used):
+        line = f"from {module} import {', '.join(sorted(used[module]))}\n"
+        if module.startswith("trainkit"):
+            trainkit_block += line
+        elif module.partition(".")[0] in sys.stdlib_module_names:
+            python_block += line
+        else:
+            others_block += line
+    return "\n".join(block for block in (python_block, others_block, trainkit_block) if block)
 
-    blocks = groupby(sorted(used, key=lambda module: (group(module), module)), group)
-    return "\n".join("".join(f"from {m} import {', '.join(sorted(used[m]))}\n" for m in block) for _, block in blocks)
+
+def _public_module(module: str, name: str) -> str:
+    """Return ``trainkit`` for a class that it exports, else the module where the name is defined."""
+    exported = module.startswith("trainkit.") and name.istitle() and name in dir(trainkit)
+    return "trainkit" if exported else module
 
 
 OPTIONS = "<!-- options: generated by trainkit plugins docs -->"
 LISTING = "<!-- plugins: generated by trainkit plugins docs -->"
 END = "<!-- end -->"
 
-# In a list, a plugin is of the first kind of which it implements a hook. All other hooks only watch.
+# In a list, a plugin is of the first kind of which it implements a hook.
 KINDS = [
     ("Data", {"data", "transform_data", "epoch_order"}),
     ("Network", {"model", "transform_model"}),
@@ -165,6 +220,8 @@ KINDS = [
     ("Training", {"loss", "transform_loss", "optimizer", "transform_optimizer", "scheduler", "contexts"}),
     ("Training", {"batches_per_step", "backward", "gradients_ready", "optimizer_step", "eval_model"}),
     ("Network", {"wrap_model"}),
+    ("Seeing and keeping", {"metrics", "safe_point", "log"}),
+    ("Training", {"built"}),
 ]
 SECTIONS = ("Data", "Transforms", "Network", "Training", "Seeing and keeping", "Commands")
 

@@ -26,9 +26,9 @@ from torchvision import transforms as v1
 from transforms import NAMES, of_torchvision
 
 from trainkit import Data, Run, TensorSplit, fit, load_recipe
+from trainkit.build import build_with
 from trainkit.hooks import LoadedPlugin, load_plugins, register
 from trainkit.plugin import hookimpl, plugin
-from trainkit.run import build_with
 from trainkit_se import SqueezeExcitation
 
 SKIPPED = ("figures", "checkpoint", "metric_log", "progress", "model_summary")

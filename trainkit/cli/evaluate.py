@@ -1,18 +1,18 @@
-"""``trainkit evaluate``: evaluate a run's checkpoint on the test split."""
+"""``trainkit evaluate``: evaluate a run's checkpoint on one of its splits."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from trainkit.cli.output import number, print_json, table, terminal
-from trainkit.cli.start import starting
+from trainkit.cli.output import number, print_json, printable, table, terminal
 
-HELP = "Evaluate a run's checkpoint on the test split."
+HELP = "Evaluate a run's checkpoint on its test split, or another one."
 EXAMPLES = """\
 examples:
   trainkit evaluate runs/quickstart/20260101-120000-0
   trainkit evaluate runs/quickstart/20260101-120000-0 --checkpoint last plugins.cifar10.root=elsewhere
+  trainkit evaluate runs/quickstart/20260101-120000-0 --split validation
 """
 
 
@@ -21,26 +21,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the directory of a run")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace one value of its recipe")
     parser.add_argument("--checkpoint", default="best", choices=["best", "last"], help="which weights (default: best)")
+    parser.add_argument("--split", metavar="NAME", default="test", help="which images (default: test)")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build the run's recipe again, load its weights, evaluate."""
-    console = terminal(stderr=args.json)
-    with starting():
-        from trainkit.recipe import load_recipe
-        from trainkit.run import build
-        from trainkit.rundir import RunDir
-        from trainkit.trainer import evaluate
+    """Build the run's recipe again, load its weights, evaluate; say what differs from how they were trained."""
+    from trainkit import provenance
+    from trainkit.build import build
+    from trainkit.recipe import load_recipe
+    from trainkit.rundir import RunDir
+    from trainkit.session import evaluate
 
-        run_dir = RunDir(args.run_dir)
-        recipe = load_recipe(run_dir.recipe_path(), args.overrides)
-        state = run_dir.load_state(args.checkpoint)
-        built = build(recipe, console=console)
+    console = terminal(stderr=args.json)
+    run_dir = RunDir(args.run_dir)
+    recipe = load_recipe(run_dir.recipe_path(), args.overrides)
+    state = run_dir.load_state(args.checkpoint)
+    built = build(recipe, console=console)
+    differences = provenance.compare(state["provenance"], provenance.record(built))
+    if changes := [str(difference) for difference in differences if difference.effect == "numbers"]:
+        note = f"not evaluated as it was trained: {'; '.join(changes)}"
+        console.print(printable(note), markup=False, highlight=False, soft_wrap=True)
     built.load_state_dict(state)
-    metrics = evaluate(built)
+    metrics = evaluate(built, args.split)
     if args.json:
-        print_json({"checkpoint": args.checkpoint, "epoch": built.epoch, **metrics})
+        print_json({"checkpoint": args.checkpoint, "epoch": built.epoch, "split": args.split, **metrics})
         return 0
     rows = [(name, number(recipe.expect.get(name)), number(value)) for name, value in metrics.items()]
     console.print(table(["", "expected", f"{args.checkpoint}, epoch {built.epoch}"], rows, right=["expected"]))

@@ -7,7 +7,7 @@ from typing import Any
 
 from trainkit.cli.output import print_json, printable, table, terminal
 from trainkit.errors import PluginError, did_you_mean
-from trainkit.registry import Installed, installed
+from trainkit.registry import Installed, installed, only
 
 HELP = "List and show installed plugins."
 EXAMPLES = """\
@@ -39,7 +39,8 @@ def _list(as_json: bool) -> int:
     if as_json:
         print_json([_facts(record) for record in found])
         return 0
-    terminal().print(table(["plugin", "version", "summary"], [(r.name, r.version, r.summary) for r in found]))
+    rows = [(record.name, record.version, record.summary) for record in found]
+    terminal().print(table(["plugin", "version", "summary"], rows))
     return 0
 
 
@@ -58,7 +59,7 @@ def _show(name: str, as_json: bool) -> int:
     if name not in have:
         near = did_you_mean(name, have) or "; `trainkit plugins list` shows what is installed"
         raise PluginError(f"no plugin {name!r} is installed{near}")
-    record = have[name][0]
+    record = only(name, have[name])
     facts = {**_facts(record), **_describe(record)}
     if as_json:
         print_json(facts)
@@ -67,7 +68,7 @@ def _show(name: str, as_json: bool) -> int:
     for line in (f"{record.name} {record.version}, from {record.distribution} ({record.source})", facts["doc"], ""):
         out.print(printable(line), markup=False, highlight=False)
     if facts["options"]:
-        rows = [(o["name"], o["type"], o["default"]) for o in facts["options"]]
+        rows = [(option["name"], option["type"], option["default"]) for option in facts["options"]]
         out.print(table(["option", "type", "default"], rows))
     for key in ("hooks", "after", "before", "conflicts", "claims"):
         if facts[key]:
@@ -80,8 +81,8 @@ def _describe(record: Installed) -> dict[str, Any]:
 
     import attrs
 
-    from trainkit.hooks import declared, load_class
-    from trainkit.plugin import options_of
+    from trainkit.hooks import load_class
+    from trainkit.plugin import declared, options_of
 
     cls = load_class(record)
     hooks = [name for name, value in inspect.getmembers(cls) if hasattr(value, "trainkit_impl")]

@@ -11,15 +11,14 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from trainkit.cli.output import number, print_json, printable, table, terminal
-from trainkit.cli.start import starting
 from trainkit.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trainkit.hooks import CallWrapper, Hooks
+    from trainkit.hooks import CallWrapper
     from trainkit.run import Run
-    from trainkit.trainer import Result
+    from trainkit.session import Result
 
 HELP = "Train what a recipe describes."
 EXAMPLES = """\
@@ -45,19 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, and print what was expected beside what was reached."""
+    from trainkit.build import build
+    from trainkit.recipe import load_recipe
+
     profile: dict[tuple[str, str], float] = {}
     overrides = [*args.overrides, *([f"seed={args.seed}"] if args.seed is not None else [])]
     console = terminal(stderr=args.json)
-    with starting():
-        import attrs
-
-        from trainkit.recipe import load_recipe
-        from trainkit.run import build
-
-        recipe = load_recipe(args.recipe, overrides)
-        if args.dry_run:
-            recipe = attrs.evolve(recipe, max_steps=2)
-        built = build(recipe, console=console, instrument=_instrument(args, profile, console))
+    recipe = load_recipe(args.recipe, overrides)
+    built = build(recipe, console=console, wrap_call=_call_wrapper(args, profile, console))
     if args.dry_run:
         return _dry_run(built, as_json=args.json)
     code = train(built, args.run_dir, as_json=args.json)
@@ -68,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 def train(run: Run, run_dir: str | None = None, *, as_json: bool) -> int:
     """Fit a run, print how it ended and return its exit code; a run that fails says how to continue it, if it can."""
-    from trainkit.trainer import fit
+    from trainkit.session import fit
 
     try:
         result = fit(run, run_dir)
@@ -95,6 +89,8 @@ def _report(result: Result, console: Console, *, as_json: bool) -> None:
         pictures = sorted(p for p in (result.path / "figures").glob("*.png"))
         for path in [result.path, *pictures]:
             console.print(printable(path), **PLAIN)
+    if result.status == "completed" and result.reason:
+        console.print(printable(result.reason), **PLAIN)
     if result.status == "stopped":
         assert result.path is not None
         saved = (result.path / "checkpoints" / "last.pt").exists()
@@ -117,47 +113,41 @@ def _result_table(result: Result) -> Any:
                 name,
                 number(result.expected.get(name)),
                 number(reached.get(name)),
-                f"{number(best['value'])} (epoch {best['epoch']:.0f})" if best else "",
+                f"{number(best['value'])} (epoch {best['epoch']:g})" if best else "",
             )
         )
     return table(["", "expected", "reached", "best"], rows, right=["expected", "reached", "best"])
 
 
 def _dry_run(trial: Run, *, as_json: bool) -> int:
-    from trainkit.trainer import fit
+    from trainkit.session import fit
 
     with tempfile.TemporaryDirectory() as folder:
-        result = fit(trial, folder, test_batches=1)
+        result = fit(trial, folder, max_steps=2, eval_batches=1)
     reported = ["parameters", *result.final]
     for name in result.expected:
         if name not in reported:
             near = did_you_mean(name, reported) or f"; reported are {', '.join(reported)}"
             raise RecipeError(f"{trial.recipe.where}: expect.{name}: no plugin of the recipe reports it{near}")
-    order = hook_order(trial.hooks)
+    order = trial.hooks.order()
     if as_json:
         print_json({"hooks": order, "parameters": result.parameters, "steps": result.steps})
         return 0
     trial.console.print(table(["hook", "kind", "plugins, in call order"], [(h, k, ", ".join(p)) for h, k, p in order]))
-    images = ", ".join(f"{len(b.split):,} {split}" for split, b in trial.batches.items())
+    images = ", ".join(f"{len(split):,} {name}" for name, split in trial.data.splits.items())
     trial.console.print(
         f"dry run passed on {trial.device}: {images} images, {number(result.parameters)} parameters, "
-        f"{result.steps} steps and one test batch taken, nothing written",
+        f"{result.steps} steps and one {trial.selection_split} batch taken, nothing written",
         **PLAIN,
     )
     return 0
 
 
-def hook_order(hooks: Hooks) -> list[tuple[str, str, list[str]]]:
-    """Return each hook that someone implements, its kind, and who is called, in order."""
-    names = [(name, [i.active.name for i in hooks.implementations(name)]) for name in hooks.names()]
-    return [(name, hooks.kind(name), plugins) for name, plugins in names if plugins]
-
-
-def _instrument(
+def _call_wrapper(
     args: argparse.Namespace, seconds: dict[tuple[str, str], float], console: Console
 ) -> CallWrapper | None:
     def wrap(call: Callable[..., Any], plugin: str, hook: str) -> Callable[..., Any]:
-        def instrumented(*values: Any) -> Any:
+        def wrapped(*values: Any) -> Any:
             if args.trace_hooks:
                 console.print(f"{hook} {plugin}", markup=False, highlight=False)
             start = perf_counter()
@@ -166,7 +156,7 @@ def _instrument(
             finally:
                 seconds[plugin, hook] = seconds.get((plugin, hook), 0.0) + perf_counter() - start
 
-        return instrumented
+        return wrapped
 
     return wrap if args.profile or args.trace_hooks else None
 

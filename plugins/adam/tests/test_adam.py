@@ -6,8 +6,8 @@ import torch
 from trainkit.errors import RecipeError
 from trainkit.plugin import hookimpl, plugin
 from trainkit.recipe import from_dict, make_options
+from trainkit.session import fit
 from trainkit.testing import build_run, parameters_of, run_steps
-from trainkit.trainer import fit
 from trainkit_adam import Adam
 
 USUAL = {"lr": 0.01, "weight_decay": 5e-4}

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from trainkit_autocast import Autocast
 class Watch:
     """Records what convolutions give, and checks loss and gradients, of every step."""
 
-    dtypes: set
+    dtypes: Any
     losses: list
 
     @hookimpl

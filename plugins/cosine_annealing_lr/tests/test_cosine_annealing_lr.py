@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from trainkit.errors import PluginError, RecipeError
 from trainkit.plugin import hookimpl, plugin
 from trainkit.recipe import from_dict, make_options
+from trainkit.session import fit
 from trainkit.testing import build_run, run_steps
-from trainkit.trainer import fit
 from trainkit_cosine_annealing_lr import CosineAnnealingLR
 
 STEPS_PER_EPOCH = 4  # of the made data

@@ -12,7 +12,10 @@ import pytest
 import trainkit_doctor
 from trainkit.cli import main
 
-HEALTHY = json.dumps(["2.9.0", "0.24.0", None, [], 1])
+
+def probed(cuda=None, gpus=(), threads=1):
+    """What the probe prints of a torch."""
+    return json.dumps({"torch": "2.9.0", "torchvision": "0.24.0", "cuda": cuda, "gpus": list(gpus), "threads": threads})
 
 
 def distribution(folder, name, version="1.0", entries="", requires=(), origin=None):
@@ -40,7 +43,7 @@ def site(tmp_path, monkeypatch):
 @pytest.fixture
 def programs(monkeypatch):
     """What other programs print, by the name of the program, in place of running them."""
-    said = {Path(sys.executable).name: (0, HEALTHY), "nvidia-smi": (127, "no such file")}
+    said = {Path(sys.executable).name: (0, probed()), "nvidia-smi": (127, "no such file")}
     monkeypatch.setattr(trainkit_doctor, "_ask", lambda program, *_: said[Path(program).name])
     return said
 
@@ -172,17 +175,17 @@ def test_a_torch_that_cannot_be_imported(programs, doctor):
     ],
 )
 def test_a_gpu_that_torch_cannot_use(programs, doctor, cuda, gpus, driver, verdict, said):
-    programs[Path(sys.executable).name] = (0, json.dumps(["2.9.0", "0.24.0", cuda, gpus, 1]))
+    programs[Path(sys.executable).name] = (0, probed(cuda, gpus))
     programs["nvidia-smi"] = driver
     found = doctor()[1]["devices"]
     assert found[0] == verdict
     assert said in found[1] + found[2]
 
 
-def test_more_threads_than_processors(programs, doctor, monkeypatch):
+def test_more_threads_than_cpus(programs, doctor, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     for threads, verdict in ((2, "ok"), (3, "advice")):
-        programs[Path(sys.executable).name] = (0, json.dumps(["2.9.0", "0.24.0", None, [], threads]))
+        programs[Path(sys.executable).name] = (0, probed(threads=threads))
         assert doctor()[1]["threads"][0] == verdict
     assert doctor()[1]["threads"][2] == "set OMP_NUM_THREADS=2"
 

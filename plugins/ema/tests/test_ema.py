@@ -1,4 +1,5 @@
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ class Reference:
     """torch's own average, beside the plugin."""
 
     decay: float
-    average: AveragedModel | None = None
+    average: Any = None
 
     @hookimpl
     def fit_start(self, run):

@@ -11,8 +11,9 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
 import trainkit_image_folder
-from trainkit.data import Batches, TensorSplit, fingerprint
+from trainkit.data import Batches, TensorSplit
 from trainkit.errors import DataError, RecipeError
+from trainkit.provenance import fingerprint
 from trainkit.recipe import Recipe, make_options
 from trainkit.testing import parameters_of, run_steps
 from trainkit_image_folder import FolderSplit, ImageFolder

@@ -1,4 +1,5 @@
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ class Wrapper(torch.optim.Optimizer):
 @plugin
 class Save:
     step: int
-    file: io.BytesIO
+    file: Any
 
     @hookimpl
     def safe_point(self, run):

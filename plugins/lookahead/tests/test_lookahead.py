@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from trainkit.errors import RecipeError
 from trainkit.plugin import hookimpl, plugin
 from trainkit.run import Schedule
+from trainkit.session import fit
 from trainkit.testing import build_run, parameters_of, run_steps
-from trainkit.trainer import fit
 from trainkit_lookahead import Lookahead, LookaheadOptimizer
 
 syncs = pytest.mark.parametrize("sync", ["every_k", "first_step"])

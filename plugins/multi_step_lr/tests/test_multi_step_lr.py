@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from trainkit.errors import PluginError, RecipeError
 from trainkit.plugin import hookimpl, plugin
 from trainkit.recipe import from_dict, make_options
+from trainkit.session import fit
 from trainkit.testing import build_run, run_steps
-from trainkit.trainer import fit
 from trainkit_multi_step_lr import MultiStepLR
 
 STEPS_PER_EPOCH = 4  # of the made data

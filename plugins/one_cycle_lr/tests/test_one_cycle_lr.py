@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from trainkit.errors import PluginError, RecipeError
 from trainkit.plugin import hookimpl, plugin
 from trainkit.recipe import from_dict, make_options
+from trainkit.session import fit
 from trainkit.testing import build_run, parameters_of, run_steps
-from trainkit.trainer import fit
 from trainkit_one_cycle_lr import OneCycleLR
 
 

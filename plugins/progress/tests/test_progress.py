@@ -1,6 +1,7 @@
 import io
 import re
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ class Source:
     names: tuple[str, ...] = ("loss",)
     say: str = ""
     stop: int | None = None
-    error: BaseException | None = None
+    error: Any = None
 
     @hookimpl
     def metrics(self, run, split):

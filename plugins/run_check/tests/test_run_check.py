@@ -178,7 +178,7 @@ def test_changed_data_would_not_resume_exactly(run, check):
     Image.new("RGB", (8, 8), (255, 255, 255)).save(path)
     code, _, found = check()
     assert code == 1
-    assert found["answer"].startswith("would not: data.train was")
+    assert found["answer"].startswith("would not: environment.data.train.fingerprint was")
 
 
 def test_data_that_cannot_be_opened_are_a_reason(run, check):
@@ -202,7 +202,7 @@ def test_rows_that_the_checkpoint_counted_must_be_there(run, check):
 
 
 def test_a_run_that_another_process_writes_would_not_resume(run, check):
-    with RunDir(run).locked():
+    with RunDir(run).exclusive():
         code, _, found = check()
     assert (code, found["whole"]) == (1, True)
     assert "another process is writing" in found["answer"]

@@ -1,4 +1,5 @@
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ OPTIMIZERS = {
 
 @plugin
 class Optimizer:
-    make: object = field(default=OPTIMIZERS["sgd"])
+    make: Any = field(default=OPTIMIZERS["sgd"])
 
     @hookimpl
     def optimizer(self, params):

@@ -1,0 +1,297 @@
+"""From a recipe to a run: every part of it built in order, checked, and ready for its first step."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from trainkit.data import Batches, Data, describe, epoch_permutation
+from trainkit.errors import PluginError, RecipeError
+from trainkit.hooks import CallWrapper, Hooks, Implementation, load_plugins
+from trainkit.recipe import Recipe
+from trainkit.rng import torch_seed
+from trainkit.run import Run, Schedule, count_parameters
+from trainkit.transforms import Pipeline, Transform
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["build", "build_with", "check_optimizer", "epoch_order"]
+
+# Networks draw their weights from torch's global generator, so two threads must not build at once.
+_GENERATOR = threading.Lock()
+
+
+def build(recipe: Recipe, *, console: Console | None = None, wrap_call: CallWrapper | None = None) -> Run:
+    """Build all that a recipe describes, ready for :func:`trainkit.fit`. Nothing is written.
+
+    Args:
+        recipe: from :func:`trainkit.load_recipe`.
+        console: where plugins print for people; by default the standard output.
+        wrap_call: wraps every hook call, for profiling and tracing.
+
+    Raises:
+        TrainkitError: the recipe, a plugin or the data are wrong.
+    """
+    return build_with(recipe, load_plugins(recipe, wrap_call), console)
+
+
+def build_with(recipe: Recipe, hooks: Hooks, console: Console | None = None) -> Run:
+    """Build a run from plugins that are already loaded, wherever they came from."""
+    run = Run(recipe=recipe, hooks=hooks, device=_device(recipe), console=console)
+    with hooks.blaming(PluginError):
+        _build_data(run)
+        _build_model(run)
+        _check_shapes(run)
+        _build_training(run)
+        hooks.notify("built")(run)
+        check_optimizer(run, hooks.named("built"))
+    return run
+
+
+def _build_data(run: Run) -> None:
+    """Data, batches, the length of an epoch, and the image transforms of every split."""
+    recipe, hooks = run.recipe, run.hooks
+    data = _make_one(hooks, "data", Data, run)
+    run.data = _make_chain(hooks, "transform_data", Data, run, data)
+    owner = hooks.implementations("data")[0].plugin
+    owner.made.extend(("data", split) for split in run.data.splits.values())
+    run.batches = {}
+    for name, split in run.data.splits.items():
+        training = name == "train"
+        size = recipe.batch_size if training else recipe.test_batch_size or recipe.batch_size
+        drop_last = training and recipe.drop_last
+        batches = Batches(split, size, run.device, run.data.workers, name=name, seed=recipe.seed, drop_last=drop_last)
+        run.batches[name] = batches
+        owner.made.append(("data", batches))
+    images = len(epoch_order(run))
+    run.images_per_epoch = images // recipe.batch_size * recipe.batch_size if recipe.drop_last else images
+    if run.images_per_epoch == 0:
+        raise RecipeError(
+            f"{recipe.where}: batch_size: {recipe.batch_size} is more than the {images} training images of an epoch, "
+            "and drop_last leaves nothing; lower it, or set drop_last: false"
+        )
+    run.batches_per_step = hooks.one("batches_per_step", int, default=lambda run: 1)(run)
+    run.transforms = {name: _pipeline(run, name) for name in run.data.splits}
+
+
+def epoch_order(run: Run) -> Tensor:
+    """Return the training images of the current epoch in their order, int64 [n].
+
+    Raises:
+        PluginError: a plugin's order is not int64 [n] of indices into the training split, or changes its length.
+    """
+    impl = run.hooks.only("epoch_order")
+    size = len(run.data.train)
+    if impl is None:
+        return epoch_permutation(run.recipe.seed, run.epoch, size)
+    order: Tensor = impl.checked(Tensor, run)
+    if order.dim() != 1 or order.dtype != torch.int64 or not len(order):
+        raise PluginError(f"{impl.plugin}, epoch_order: expected int64 [n] with n > 0, got {describe(order)}")
+    if not (int(order.min()) >= 0 and int(order.max()) < size):
+        raise PluginError(
+            f"{impl.plugin}, epoch_order: indices go from {int(order.min())} to {int(order.max())}, and the training "
+            f"split has the images 0 to {size - 1}"
+        )
+    length = getattr(run, "images_per_epoch", None)
+    if length is not None and run.batches["train"].count(len(order)) != run.batches_per_epoch:
+        raise PluginError(
+            f"{impl.plugin}, epoch_order: epoch {run.epoch + 1} has {len(order)} images, and the run was built for "
+            f"epochs of {length}; return as many in every epoch"
+        )
+    return order
+
+
+def _pipeline(run: Run, split: str) -> Pipeline:
+    steps: list[tuple[str, Transform]] = []
+    for impl, result in run.hooks.collect("transforms", (Transform, list), run, split):
+        for number, step in enumerate(result if isinstance(result, list) else [result]):
+            if not isinstance(step, Transform):
+                raise impl.wrong(step, Transform)
+            impl.plugin.made.append(("transforms", step))
+            steps.append((f"{impl.plugin.name}/{split}" + (f"/{number}" if number else ""), step))
+    pipeline = Pipeline(steps)
+    pipeline.sizes(run.data.shape[1:])  # a transform that does not fit the image size says so now
+    return pipeline
+
+
+def _build_model(run: Run) -> None:
+    """The network, on its device, and what is called in its place."""
+    hooks = run.hooks
+    with _GENERATOR:
+        torch.manual_seed(torch_seed(run.recipe.seed, "model"))
+        model = _make_one(hooks, "model", nn.Module, run)
+        model = _make_chain(hooks, "transform_model", nn.Module, run, model)
+    run.parameters = count_parameters(model)
+    expected = run.recipe.expect.get("parameters")
+    if expected is not None and run.parameters != expected:
+        raise RecipeError(
+            f"{run.recipe.where}: expect.parameters: the recipe expects {expected:,.0f} parameters and its model has "
+            f"{run.parameters:,}; correct the model's options, or set expect.parameters={run.parameters}"
+        )
+    run.model = model.to(run.device)
+    run.forward = _make_chain(hooks, "wrap_model", nn.Module, run, run.model)
+    if strange := {*run.forward.parameters()} - {*run.model.parameters()}:
+        raise PluginError(
+            f"{hooks.named('wrap_model')}: what is called has {len(strange)} parameters that the network lacks; "
+            "nothing would train or save them; add them in transform_model"
+        )
+
+
+def _build_training(run: Run) -> None:
+    """Loss, optimizer, schedulers and contexts."""
+    hooks = run.hooks
+    run.loss = _make_one(hooks, "loss", Callable, run)
+    params = [p for p in run.model.parameters() if p.requires_grad]
+    run.optimizer = _make_one(hooks, "optimizer", Optimizer, run, params)
+    check_optimizer(run, hooks.named("optimizer"))
+    for impl in hooks.implementations("transform_optimizer"):
+        run.optimizer = impl.make(Optimizer, run, run.optimizer)
+        check_optimizer(run, f"{impl.plugin}, transform_optimizer")
+    run.schedules = []
+    for impl, schedule in hooks.collect("scheduler", Schedule, run, run.optimizer):
+        _check_schedule(impl, schedule)
+        impl.plugin.made.append(("scheduler", schedule.scheduler))
+        run.schedules.append(schedule)
+    contexts = [context for _, context in hooks.collect("contexts", AbstractContextManager, run)]
+    run.context = nullcontext() if not contexts else contexts[0] if len(contexts) == 1 else _Nested(contexts)
+
+
+def _make_one(hooks: Hooks, hook: str, returns: Any, *args: Any) -> Any:
+    hooks.one(hook)  # complains where no plugin provides it
+    impl = hooks.only(hook)
+    assert impl is not None
+    return impl.make(returns, *args)
+
+
+def _make_chain(hooks: Hooks, hook: str, returns: type, run: Run, value: Any) -> Any:
+    for impl in hooks.implementations(hook):
+        value = impl.make(returns, run, value)
+    return value
+
+
+class _Nested(AbstractContextManager[None]):
+    """Several context managers entered as one, again and again."""
+
+    def __init__(self, contexts: list[AbstractContextManager[Any]]) -> None:
+        self.contexts = contexts
+
+    def __enter__(self) -> None:
+        for context in self.contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self.contexts):
+            context.__exit__(*error)
+
+
+def check_optimizer(run: Run, who: str) -> None:
+    """Hold the optimizer's parameters against the network's; it may hold frozen ones.
+
+    Raises:
+        PluginError: a trainable parameter is missing, or one is not the network's; the message begins with `who`.
+    """
+    held = {p for group in run.optimizer.param_groups for p in group["params"]}
+    network = {*run.model.parameters()}
+    missing = {p for p in network if p.requires_grad} - held
+    strange = held - network
+    if missing or strange:
+        raise PluginError(
+            f"{who}: the optimizer's parameters are not the network's: {len(missing)} trainable ones are missing and "
+            f"{len(strange)} strange ones are there; give it exactly the parameters offered"
+        )
+
+
+def _device(recipe: Recipe) -> torch.device:
+    name = recipe.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        return torch.empty(0, device=device).device  # with its number: `cuda` is the current GPU
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(
+            f"{recipe.where}: device: {name!r} cannot be used: {reason}; `auto` takes the first GPU, or the CPU"
+        ) from error
+
+
+def _check_schedule(impl: Implementation, schedule: Schedule) -> None:
+    if schedule.unit not in ("epoch", "step"):
+        raise PluginError(f"{impl.plugin}, scheduler: unit must be 'epoch' or 'step', not {schedule.unit!r}")
+    if not isinstance(schedule.scheduler, LRScheduler):
+        raise impl.wrong(schedule.scheduler, LRScheduler)
+    looks = isinstance(schedule.scheduler, ReduceLROnPlateau)
+    if looks and (schedule.metric is None or schedule.unit != "epoch"):
+        raise PluginError(
+            f"{impl.plugin}, scheduler: ReduceLROnPlateau follows a metric after epochs: "
+            "Schedule(scheduler, 'epoch', metric='loss')"
+        )
+
+
+def _check_shapes(run: Run) -> None:
+    """Pass every shape that the run will meet through the network, on torch's meta device, where nothing is computed.
+
+    Raises:
+        RecipeError: image sizes differ between splits, or the network cannot take a batch that will come.
+    """
+    recipe = run.recipe
+    shapes = {name: run.shape_of(name) for name in run.data.splits}
+    for name, shape in shapes.items():
+        if shape != shapes["train"] and not recipe.mixed_sizes:
+            raise RecipeError(
+                f"{recipe.where}: images of the {name} split reach the network with {_size(shape)} pixels, and those "
+                f"of the training split with {_size(shapes['train'])}; resize both to one size, or set "
+                "mixed_sizes: true if that is meant"
+            )
+    try:
+        trial = copy.deepcopy(run.model).to("meta")
+    except Exception:  # a network that cannot be copied is met by its first batch
+        return
+    last = run.images_per_epoch % recipe.batch_size
+    for name, shape in shapes.items():
+        training = name == "train"
+        size = recipe.batch_size if training else recipe.test_batch_size or recipe.batch_size
+        count = run.images_per_epoch if training else len(run.data.splits[name])
+        for n in dict.fromkeys([min(size, count), last if training and last else min(size, count)]):
+            error = _trial_error(trial, run.model, (n, *shape), training=training)
+            if error is None:
+                continue
+            which = f"a {'training' if training else name} batch of {n} images of {_size(shape)} pixels"
+            cure = "check the sizes that the transforms make"
+            if training and n == last:
+                which, cure = f"the last training batch, of {n} images,", "set drop_last: true, or another batch_size"
+            elif not training and shape != shapes["train"]:
+                cure = f"give the {name} split the size of the training split"
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RecipeError(f"{recipe.where}: the network cannot take {which}: {said}; {cure}") from error
+
+
+def _trial_error(trial: nn.Module, model: nn.Module, shape: tuple[int, ...], *, training: bool) -> Exception | None:
+    """Return what a forward pass of this shape raises, or None where it works or cannot be told without real data."""
+    trial.train(training)
+    try:
+        with torch.no_grad():
+            trial(torch.empty(shape, device="meta"))
+    except Exception:  # perhaps only because the network reads its data, which the meta device has not
+        real = copy.deepcopy(model).train(training)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        try:
+            devices = [device] if device.type == "cuda" else []
+            with torch.no_grad(), torch.random.fork_rng(devices=devices):
+                real(torch.zeros(shape, device=device))
+        except Exception as error:
+            return error
+    return None
+
+
+def _size(shape: tuple[int, int, int]) -> str:
+    return f"{shape[1]}x{shape[2]}"

@@ -1,0 +1,334 @@
+"""Sessions: fit, evaluate, resume, with run directory, signals and result; the loop itself is in trainer.py."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from time import perf_counter
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+
+from trainkit import provenance
+from trainkit.build import build, check_optimizer
+from trainkit.errors import PluginError, RecipeError, RunError, TrainkitError, UsageError
+from trainkit.recipe import load_recipe
+from trainkit.run import Run, best_of, to_host
+from trainkit.rundir import RunDir
+from trainkit.trainer import Trainer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Result", "evaluate", "fit", "reopen", "resume"]
+
+
+@attrs.frozen(kw_only=True)
+class Result:
+    """How a run ended; ``result.json`` holds the same.
+
+    Args:
+        status: ``completed``, ``stopped`` (at a safe point, by a plugin or a signal) or ``failed``.
+        reason: why it stopped or failed.
+        epochs: epochs completed.
+        steps: optimizer steps taken.
+        parameters: trainable values of the network as it was built, each shared one counted once.
+        final: the last epoch's metrics, and those of the test split where it was evaluated at the end.
+        best: for each metric that says what is better its best value and the epoch.
+        expected: what the recipe says it should reach.
+        seconds: wall time of training, of evaluation, and in total, over all sessions.
+        images_per_second: training images over the time of training.
+        non_finite: epochs that ended with weights or metrics that are not finite; none of them is ever the best.
+        resumed: where the run was continued, and what was changed then.
+        path: the run directory, as given; not part of ``result.json``.
+    """
+
+    status: Literal["completed", "stopped", "failed"]
+    reason: str | None = None
+    epochs: int
+    steps: int
+    parameters: int
+    final: dict[str, float]
+    best: dict[str, dict[str, float]]
+    expected: dict[str, int | float]
+    seconds: dict[str, float]
+    images_per_second: float | None
+    non_finite: list[float] = attrs.field(factory=list)
+    resumed: list[dict[str, Any]] = attrs.field(factory=list)
+    path: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``result.json`` holds."""
+        plain: dict[str, Any] = attrs.asdict(self, filter=lambda attribute, _: attribute.name != "path")
+        return plain
+
+
+def fit(
+    run: Run, run_dir: str | Path | None = None, *, max_steps: int | None = None, eval_batches: int | None = None
+) -> Result:
+    """Train a run from its position to its end and return what came of it.
+
+    The first Ctrl-C stops at the next safe point, and the result's status is then ``stopped``; a second one raises
+    ``KeyboardInterrupt`` at once. Signal handlers are put back afterwards, so a notebook stays usable, and the run may
+    be evaluated, or fitted again from where it stopped.
+
+    Args:
+        run: from :func:`trainkit.build`.
+        run_dir: a new directory to write to; by default ``runs/<recipe>/<time>-<seed>``. A run keeps its directory.
+        max_steps: stop after so many steps of this session; a check, not a result.
+        eval_batches: evaluate only so many batches of a split; a check, not a result.
+
+    Raises:
+        TrainkitError: the run directory cannot be made, or the run fails.
+    """
+    if run.failed:
+        raise UsageError(
+            f"the run {run.recipe.name!r} has failed, within a step perhaps; continue it from its last checkpoint with "
+            "trainkit.resume, or build it again"
+        )
+    new = run.dir is None
+    if run.dir is None:
+        run.dir = RunDir.create(run.recipe, Path(run_dir) if run_dir is not None else None)
+    elif run_dir is not None and Path(run_dir).resolve() != run.dir.path.resolve():
+        raise UsageError(
+            f"{run_dir}: this run writes to {run.dir.path}, and a run keeps its directory; build it again to write "
+            "elsewhere"
+        )
+    run.stop_reason, run.exit_code = None, 0
+    try:
+        with run.dir.exclusive():
+            return _fit(run, run.dir, Trainer(run, max_steps=max_steps, eval_batches=eval_batches))
+    except TrainkitError:
+        if new and not run.failed:  # nothing has begun, so nothing is left behind
+            shutil.rmtree(run.dir.path)
+            run.dir = None
+        raise
+
+
+def _fit(run: Run, run_dir: RunDir, trainer: Trainer) -> Result:
+    run.provenance = provenance.record(run)
+    run_dir.write("recipe.yaml", run.recipe.to_yaml())
+    provenance.write(run.provenance, run_dir)
+    (run_dir.path / "result.json").unlink(missing_ok=True)  # a resumed run has not ended yet
+    start, before = perf_counter(), run.seconds["total"]
+    error: BaseException | None = None
+    with _signals(run):
+        try:
+            with run.hooks.blaming(PluginError):
+                for impl in run.hooks.implementations("fit_start"):
+                    impl(run)
+                    check_optimizer(run, f"{impl.plugin}, fit_start")
+            run.failed = True  # until the end: whatever is raised from here on is the run's failure
+            with run.hooks.blaming(RunError):
+                trainer.train()
+                _test(run, trainer)
+                run.flush_log()
+            run.failed = False
+        except BaseException as caught:
+            error = caught
+            with suppress(Exception):  # what was seen before the failure; a lost device cannot tell
+                run.flush_log()
+        try:
+            error = _fit_end(run, error)
+        finally:
+            run.seconds["total"] = before + perf_counter() - start
+            result = _result(run, error)
+            run_dir.write_json("result.json", result.to_dict())
+            for batches in run.batches.values():
+                batches.close()
+    if run.failed and isinstance(error, TrainkitError) and not isinstance(error, RunError):
+        raise RunError(str(error)) from error
+    if error is not None:
+        raise error
+    return result
+
+
+def _test(run: Run, trainer: Trainer) -> None:
+    """With a validation split, evaluate the test split once, when the run has ended, on the selected weights.
+
+    These are the weights of ``best.pt``, where a plugin saved it, else the last ones. The run itself keeps its last
+    weights.
+    """
+    ended = run.finished or trainer.trial_over or (run.is_stopping() and run.exit_code == 0)
+    if run.data.validation is None or run.tested or not ended:
+        return
+    run.stop_reason, reason = None, run.stop_reason
+    last = copy.deepcopy(run.state_dict())
+    assert run.dir is not None
+    selected = "last"
+    if (run.dir.path / "checkpoints" / "best.pt").exists():
+        selected = "best"
+        run.load_state_dict(run.dir.load_state("best"))
+    epoch = run.epoch
+    metrics = trainer.evaluate("test")
+    info = {name: run.metric_info[name] for name in metrics}
+    run.load_state_dict(last)
+    run.metric_info.update(info)
+    if run.is_stopping():  # asked to stop meanwhile, so not all of it was seen: resuming repeats it
+        return
+    run.stop_reason = reason
+    (run.tested,) = to_host([{name: metric.value for name, metric in metrics.items()}])
+    run.console.print(f"test split evaluated once, on the {selected} weights (epoch {epoch})", highlight=False)
+    run.log(run.tested)
+
+
+def evaluate(run: Run, split: str | None = None, *, eval_batches: int | None = None) -> dict[str, float]:
+    """Evaluate the run's model, as it is, and return its metrics, ``<split>_<name>``.
+
+    Args:
+        run: from :func:`trainkit.build`; whether it was fitted, stopped or interrupted does not matter.
+        split: a split's name; by default ``test``.
+        eval_batches: evaluate only so many batches.
+
+    Raises:
+        UsageError: the data have no such split.
+    """
+    split = split or "test"
+    if split not in run.data.splits:
+        raise UsageError(f"no split {split!r}; the data have {', '.join(run.data.splits)}")
+    before, run.stop_reason = run.stop_reason, None
+    try:
+        with run.hooks.blaming(RunError):
+            metrics = Trainer(run, eval_batches=eval_batches).evaluate(split)
+        (record,) = to_host([{name: metric.value for name, metric in metrics.items()}])
+        return record
+    finally:
+        run.stop_reason = before
+        for batches in run.batches.values():
+            batches.close()
+
+
+def resume(
+    run_dir: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), *, allow_changes: bool = False
+) -> Result:
+    """Continue a run from its last checkpoint, exactly, to its end.
+
+    Args:
+        run_dir: the directory of a run.
+        overrides: values of its recipe to replace, as for :func:`trainkit.load_recipe`.
+        allow_changes: continue although the result will differ; what differs is recorded.
+
+    Raises:
+        TrainkitError: something that matters has changed, or the run fails.
+    """
+    return fit(reopen(run_dir, overrides, allow_changes=allow_changes))
+
+
+def reopen(
+    run_dir: str | Path,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    allow_changes: bool = False,
+    console: Console | None = None,
+) -> Run:
+    """Build a run again and load its last checkpoint, ready for :func:`trainkit.fit` to continue it.
+
+    Arguments and errors are those of :func:`resume`.
+    """
+    directory = RunDir(Path(run_dir))
+    recipe = load_recipe(directory.recipe_path(), overrides)
+    state, notice = directory.load_latest()
+    run = build(recipe, console=console)
+    if notice:
+        _say(run, notice)
+    differences = provenance.compare(state["provenance"], provenance.record(run))
+    changes = [str(difference) for difference in differences if difference.effect == "numbers"]
+    if changes and not allow_changes:
+        raise RecipeError(
+            f"{run_dir}: would not continue exactly: {'; '.join(changes)}; undo that, or pass --allow-changes"
+        )
+    _refuse_void(run, changes)
+    run.load_state_dict(state)
+    if run.finished and overrides:
+        raise RecipeError(
+            f"{run_dir}: nothing is left to train: it has completed {run.epoch} epochs and {run.step} steps; "
+            "give more epochs, or more max_steps"
+        )
+    length = [str(difference) for difference in differences if difference.effect == "length"]
+    if length and run.schedules:
+        _say(
+            run, f"{'; '.join(length)}: schedules keep the course that they began; a new run of that length may differ"
+        )
+    run.resumed.append({"epoch": run.epoch, "step": run.step, "changes": changes + length})
+    run.dir = directory
+    return run
+
+
+def _say(run: Run, text: str) -> None:
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    run.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _refuse_void(run: Run, changes: list[str]) -> None:
+    """Refuse changes that would be recorded and have no effect, whatever is allowed.
+
+    Raises:
+        RecipeError: options of the optimizer or of a schedule differ; their values are part of the saved state.
+    """
+    providers = {impl.plugin.name for hook in ("optimizer", "scheduler") for impl in run.hooks.implementations(hook)}
+    void = [change for change in changes if change.startswith(tuple(f"plugins.{name}." for name in providers))]
+    if void:
+        raise RecipeError(
+            f"{run.recipe.where}: {'; '.join(void)}: the checkpoint holds the optimizer and its schedules with the "
+            "values they had, and a change would not reach them; undo it, or start a new run"
+        )
+
+
+def _fit_end(run: Run, error: BaseException | None) -> BaseException | None:
+    """Fire ``fit_end`` for every plugin, in reverse order, whatever the others do, and return the run's first error."""
+    for impl in reversed(run.hooks.implementations("fit_end")):
+        try:
+            with run.hooks.blaming(RunError):
+                impl(run, error)
+        except Exception as caught:
+            run.failed = run.failed or error is None
+            error = error or caught
+    return error
+
+
+def _result(run: Run, error: BaseException | None) -> Result:
+    reason = f"{type(error).__name__}: {error}" if error is not None else run.stop_reason
+    if reason is None and run.history and run.history[-1]["epoch"] in run.non_finite:
+        reason = f"weights or metrics are not finite since epoch {run.non_finite[0]:g}"
+    last = run.history[-1] if run.history else {}
+    return Result(
+        status="failed" if error is not None else "stopped" if run.is_stopping() else "completed",
+        reason=reason,
+        epochs=run.epoch,
+        steps=run.step,
+        parameters=run.parameters,
+        final={name: value for name, value in {**last, **run.tested}.items() if name not in ("epoch", "step")},
+        best=best_of(run),
+        expected=dict(run.recipe.expect),
+        seconds={part: round(seconds, 3) for part, seconds in run.seconds.items()},
+        images_per_second=round(run.images / run.seconds["train"], 1) if run.seconds["train"] else None,
+        non_finite=run.non_finite,
+        resumed=run.resumed,
+        path=run.dir.path if run.dir else None,
+    )
+
+
+@contextmanager
+def _signals(run: Run) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into a stop at the next safe point; the second acts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if run.is_stopping():
+            raise KeyboardInterrupt
+        run.stop(signal.Signals(number).name, exit_code=128 + number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
