@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from trainkit.errors import PluginError, RecipeError
 from trainkit.hookspecs import PHASES
-from trainkit.plugin import declared, option_types, plugin, type_name
+from trainkit.options import option_types, type_name
+from trainkit.plugin import declared, plugin
 from trainkit.recipe import from_dict, make_options
 
 

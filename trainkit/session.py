@@ -18,7 +18,7 @@ import attrs
 from trainkit import provenance
 from trainkit.build import build, check_optimizer
 from trainkit.errors import PluginError, RecipeError, RunError, TrainkitError, UsageError
-from trainkit.recipe import load_recipe
+from trainkit.recipe import Recipe, load_recipe, recipe_files
 from trainkit.run import Run, best_of, to_host
 from trainkit.rundir import RunDir
 from trainkit.trainer import Trainer
@@ -143,7 +143,7 @@ def _refuse_overtaken(run: Run, run_dir: RunDir, new: bool) -> None:
 def _fit(run: Run, run_dir: RunDir, trainer: Trainer) -> Result:
     run.reopened = False
     run.provenance = provenance.record(run)
-    run_dir.add("recipe.yaml", run.recipe.to_yaml())
+    run_dir.add("recipe.yaml", _keep_files(run, run_dir).to_yaml())
     provenance.write(run.provenance, run_dir)
     completed = _set_result_aside(run_dir)
     start, before = perf_counter(), run.seconds["total"]
@@ -180,6 +180,26 @@ def _fit(run: Run, run_dir: RunDir, trainer: Trainer) -> Result:
     if error is not None:
         raise error
     return result
+
+
+def _keep_files(run: Run, run_dir: RunDir) -> Recipe:
+    """Copy the files beside the recipe that it names into the run directory, and return the recipe that names those."""
+    plugins = dict(run.recipe.plugins)
+    for name, plugin in run.hooks.plugins.items():
+        for option in recipe_files(type(plugin.instance)):
+            path = getattr(plugin.instance, option)
+            if path is None:
+                continue
+            if not path.resolve().is_relative_to(run_dir.path.resolve()):
+                try:
+                    path = run_dir.write(f"files/{name}/{path.name}", path.read_bytes())
+                except OSError as error:
+                    raise RecipeError(
+                        f"{run.recipe.where}: plugins.{name}.{option}: {path}: cannot be read: {error.strerror}"
+                    ) from error
+            kept = path.resolve().relative_to(run_dir.path.resolve()).as_posix()
+            plugins[name] = {**plugins.get(name, {}), option: kept}
+    return attrs.evolve(run.recipe, plugins=plugins)
 
 
 def _set_result_aside(run_dir: RunDir) -> Path | None:

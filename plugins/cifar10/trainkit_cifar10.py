@@ -46,8 +46,8 @@ class Cifar10:
     gives different runs.
 
     Args:
-        root: the folder; ``~`` is the home directory.
-        download: fetch the published archive (163 MiB) when neither layout is there or its files are damaged.
+        root: the folder that holds the images; ``~`` is the home directory.
+        download: fetch the published archive (163 MiB) when neither layout is in `root`, or its files are damaged.
     """
 
     root: Path = field(default=Path("data"), converter=Path.expanduser)

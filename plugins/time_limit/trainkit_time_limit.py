@@ -42,7 +42,8 @@ class TimeLimit:
     The clock starts when training does: building the run does not count, nor does the time before it was resumed.
 
     Args:
-        limit: the time, such as ``90s``, ``55m``, ``1h30m`` or ``2d``; greater than 0.
+        limit: numbers followed by ``d``, ``h``, ``m`` or ``s``, such as ``90s``, ``55m``, ``1h30m`` or ``2d``; greater
+            than 0.
     """
 
     limit: str = field(validator=_check_limit)
