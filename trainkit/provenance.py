@@ -126,9 +126,14 @@ def is_observer(plugin: LoadedPlugin) -> bool:
 
 
 def options_of(instance: Any) -> dict[str, Any]:
-    """Return all options of a plugin as plain data, those that the recipe does not give included."""
-    options = (option for option in attrs.fields(type(instance)) if option.init)
-    return {option.alias or option.name: _plain(getattr(instance, option.name)) for option in options}
+    """Return all options of a plugin as plain data, defaults included; a file beside the recipe by its content."""
+    found = {}
+    for option in attrs.fields(type(instance)):
+        if option.init:
+            value = getattr(instance, option.name)
+            is_file = option.metadata.get("recipe_file") and isinstance(value, Path) and value.is_file()
+            found[option.alias or option.name] = f"{value.name} {file_digest(value)}" if is_file else _plain(value)
+    return found
 
 
 def _plain(value: Any) -> Any:

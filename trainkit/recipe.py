@@ -187,7 +187,7 @@ def make_options(recipe: Recipe, name: str, cls: type) -> Any:
 
 
 def recipe_files(cls: type) -> list[str]:
-    """Return the options of a plugin's class that name files beside the recipe (:func:`trainkit.plugin.recipe_file`)."""
+    """Return the options of a class that name files beside the recipe (:func:`trainkit.plugin.recipe_file`)."""
     return [option.alias or option.name for option in attrs.fields(cls) if option.metadata.get("recipe_file")]
 
 
