@@ -128,8 +128,9 @@ def _check_declarations(cls: type) -> None:
         given = getattr(cls, constraint, ())
         kind, member = (type, "class") if constraint == "hookspecs" else (str, "name")
         if not isinstance(given, (tuple, list, set, frozenset)) or not all(isinstance(each, kind) for each in given):
-            one = given if isinstance(given, kind) else None
-            example = getattr(one, "__name__", repr(one)) if one is not None else "..."
+            example = "..."
+            if isinstance(given, kind):
+                example = given.__name__ if isinstance(given, type) else repr(given)
             raise wrong(
                 cls, constraint, f"expected a tuple with one {member} or more; write `{constraint} = ({example},)`"
             )
