@@ -120,7 +120,7 @@ def option_types(cls: type) -> dict[str, Any]:
 
 
 def _wrong(cls: type, name: str, what: str) -> PluginError:
-    return PluginError(f"class {cls.__qualname__} in {cls.__module__}, field {name!r}: {what}")
+    return PluginError(f"class {cls.__name__} in {cls.__module__}, field {name!r}: {what}")
 
 
 def _check_fields(cls: type) -> None:
