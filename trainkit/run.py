@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainkit.data import Batch, Batches, Data, describe
+from trainkit.data import Batch, Batches, Data, describe, epoch_permutation
 from trainkit.errors import CheckpointError, PluginError, RunError
 from trainkit.hooks import Hooks
 from trainkit.recipe import Recipe
@@ -243,8 +243,10 @@ class Run:
         Args:
             split: a split's name; training images come in the order, and with the transforms, of the current epoch.
         """
-        epoch_order = self.hooks.one("epoch_order", Tensor, default=lambda run: None)
-        order = epoch_order(self) if split == "train" else None
+        order = None
+        if split == "train":
+            default = epoch_permutation(self.recipe.seed, self.epoch, len(self.data.train))
+            order = self.hooks.one("epoch_order", Tensor, default=lambda run: default)(self)
         for number, batch in enumerate(self.batches[split].iterate(order, epoch=self.epoch)):
             before = self.split, self.batch_index, self.batch
             self.split, self.batch_index = split, number
