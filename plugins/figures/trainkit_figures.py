@@ -7,7 +7,7 @@ import io
 import math
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import field
 from attrs.validators import ge
@@ -53,6 +53,8 @@ class Figures:
             and ``test_accuracy``; relative to the recipe's own file.
         every: draw after every so many epochs, and at the end of the run; 0 for the end alone.
     """
+
+    observer: ClassVar = True
 
     published: Path | None = recipe_file(default=None)
     every: int = field(default=10, validator=ge(0))

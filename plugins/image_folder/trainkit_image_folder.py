@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from attrs import field, frozen
@@ -99,6 +100,8 @@ class ImageFolder:
         in_memory: decode all at the start (true) or as needed (false); by default at the start if 1 GiB holds all.
         workers: processes that decode as needed, or threads that decode at the start; at least 0.
     """
+
+    without_effect: ClassVar = ("root", "train", "test", "in_memory", "workers")
 
     root: Path = field(converter=Path.expanduser)
     train: str = "train"

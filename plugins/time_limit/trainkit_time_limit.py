@@ -2,6 +2,7 @@
 
 import re
 from time import monotonic
+from typing import ClassVar
 
 import attrs
 from attrs import field
@@ -45,6 +46,8 @@ class TimeLimit:
         limit: numbers followed by ``d``, ``h``, ``m`` or ``s``, such as ``90s``, ``55m``, ``1h30m`` or ``2d``; greater
             than 0.
     """
+
+    observer: ClassVar = True
 
     limit: str = field(validator=_check_limit)
     _end: float = field(init=False, default=0.0)  # on the monotonic clock, which is never set back
