@@ -120,6 +120,7 @@ class Run:
     tested: dict[str, float] = field(factory=dict)  #: the test split's metrics on the selected weights, at the end
     seconds: dict[str, float] = field(factory=lambda: {"train": 0.0, "evaluation": 0.0, "total": 0.0})  #: wall time
     provenance: dict[str, Any] = field(factory=dict)  #: plugins, environment and data, as in the run directory
+    evidence: dict[str, Any] = field(factory=dict)  #: what plugins add to ``result.json``, by plugin
     resumed: list[dict[str, Any]] = field(factory=list)  #: where the run was continued, and what was changed then
     stop_reason: str | None = None  #: why the run is about to stop at the next safe point
     ended: str | None = None  #: why a plugin ended the run early, in an earlier session

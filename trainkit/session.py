@@ -46,6 +46,7 @@ class Result:
         images_per_second: training images over the time of training.
         non_finite: epochs that ended with weights or metrics that are not finite; none of them is ever the best.
         resumed: where the run was continued, and what was changed then.
+        evidence: what plugins add, by plugin.
         path: the run directory, as given; not part of ``result.json``.
     """
 
@@ -61,6 +62,7 @@ class Result:
     images_per_second: float | None
     non_finite: list[float] = attrs.field(factory=list)
     resumed: list[dict[str, Any]] = attrs.field(factory=list)
+    evidence: dict[str, Any] = attrs.field(factory=dict)
     path: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -401,6 +403,7 @@ def _result(run: Run, error: BaseException | None) -> Result:
         images_per_second=round(run.images / run.seconds["train"], 1) if run.seconds["train"] else None,
         non_finite=run.non_finite,
         resumed=run.resumed,
+        evidence=run.evidence,
         path=run.dir.path if run.dir else None,
     )
 
