@@ -18,7 +18,7 @@ from trainkit import __version__
 
 from .environments import PLUGINS, ROOT, Environment, distribution, environment, wheel
 
-SAMPLE = ("se", "sgd", "progress", "run_browser")  # a model's part, a provider, an observer, a command
+SAMPLE = ("se", "sgd", "progress", "runs")  # a model's part, a provider, an observer, a command
 
 each_plugin = pytest.mark.parametrize("plugin", PLUGINS)
 
@@ -265,7 +265,7 @@ def test_uninstalling_leaves_nothing_and_the_rest_works():
 
     env.pip("install", "--no-build-isolation", *line.split()[2:], cwd=ROOT)
     assert {"se", "sgd", "progress"} <= listed(env)
-    env.pip("uninstall", "-y", *(distribution(plugin) for plugin in PLUGINS if plugin != "run_browser"))
+    env.pip("uninstall", "-y", *(distribution(plugin) for plugin in PLUGINS if plugin != "runs"))
     assert env.listing() == empty
 
 

@@ -16,18 +16,31 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from hashlib import blake2b
+from time import perf_counter
 from typing import Any, Protocol, runtime_checkable
 
 import attrs
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trainkit.errors import DataError, RunError
 from trainkit.rng import stream, torch_seed
 
-__all__ = ["Batch", "Batches", "Data", "Split", "TensorSplit", "describe", "epoch_permutation"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "Data",
+    "Split",
+    "Subset",
+    "TensorSplit",
+    "class_targets",
+    "describe",
+    "epoch_permutation",
+    "subset",
+]
 
 
 @runtime_checkable
@@ -86,6 +99,66 @@ class TensorSplit:
         for tensor in (self.images, self.targets):
             digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
         return digest.hexdigest()
+
+
+@attrs.frozen(eq=False)
+class Subset:
+    """Some images of a split that is not a :class:`TensorSplit`, decoded when they are asked for.
+
+    Args:
+        split: the whole split.
+        indices: int64 [n], which of its images, in which order.
+    """
+
+    split: Split
+    indices: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        return self.split[int(self.indices[index])]
+
+    @property
+    def targets(self) -> list[Any]:
+        """The targets of these images; the subset has them only where the whole split does."""
+        targets = self.split.targets  # type: ignore[attr-defined]
+        return [targets[index] for index in self.indices.tolist()]
+
+    def fingerprint(self) -> str:
+        """Return a digest of the whole split's fingerprint and the indices."""
+        from trainkit.provenance import fingerprint
+
+        digest = blake2b(fingerprint(self.split).encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(self.indices).data)
+        return digest.hexdigest()
+
+
+def subset(split: Split, indices: Tensor) -> Split:
+    """Return the split of these images of a split, in this order; `indices` is int64 [n]."""
+    if isinstance(split, TensorSplit):
+        return split.subset(indices)
+    return Subset(split, indices.cpu().numpy())
+
+
+def class_targets(split: Split) -> Tensor | None:
+    """Return the class of each image of a split, int64 [N] on the CPU, or None where its targets are no classes.
+
+    A split that has an attribute ``targets``, the target of each image in order, is asked for that. Of any other split
+    every image is decoded.
+
+    Raises:
+        DataError: there are not as many ``targets`` as images.
+    """
+    known = getattr(split, "targets", None)
+    if known is not None and len(known) != len(split):
+        raise DataError(f"{type(split).__name__}: {len(split)} images and {len(known)} targets; mend its `targets`")
+    if not is_class(split[0][1] if known is None else known[0]):
+        return None
+    if isinstance(known, Tensor):
+        return known.cpu()
+    targets = known if known is not None else (split[index][1] for index in range(len(split)))
+    return torch.tensor([int(target) for target in targets])
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -172,6 +245,9 @@ def epoch_permutation(seed: int, epoch: int, n: int) -> Tensor:
 class Batches:
     """The batches of one split, in any order, from any position.
 
+    ``asked`` and ``arrived`` tell when the last batch was asked for and when it was there, in seconds of
+    ``time.perf_counter``: the time between them is what was spent waiting for data.
+
     Args:
         split: the split; a TensorSplit is moved to the device once.
         batch_size: images a batch; the last batch holds what is left.
@@ -197,6 +273,7 @@ class Batches:
         self.batch_size = batch_size
         self.device = device
         self.drop_last = drop_last
+        self.asked = self.arrived = 0.0
         self._sampler = _Positions()
         self._loader: DataLoader[Any] | None = None
         if not isinstance(self.split, TensorSplit):
@@ -225,18 +302,26 @@ class Batches:
             start: the first batch wanted, counted from 0.
             epoch: seeds the random generators under which images are decoded.
         """
-        if order is None:
-            order = torch.arange(len(self.split))
+        in_memory = isinstance(self.split, TensorSplit)
+        if order is None:  # made on the device: a copy to it would wait for what it still does
+            order = torch.arange(len(self.split), device=self.device if in_memory else None)
         stop = self.count(len(order)) * self.batch_size
         first = start * self.batch_size
         if isinstance(self.split, TensorSplit):
-            order = order.to(self.device)
-            for i in range(first, stop, self.batch_size):
-                indices = order[i : i + self.batch_size]
-                yield Batch(self.split.images[indices], self.split.targets[indices], indices)
+            batches = self._index(self.split, order.to(self.device), range(first, stop, self.batch_size))
         else:
             chunks = [order[i : i + self.batch_size].tolist() for i in range(first, stop, self.batch_size)]
-            yield from self._decode(chunks, order[:first], epoch)
+            batches = self._decode(chunks, order[:first], epoch)
+        self.asked = perf_counter()
+        for batch in batches:
+            self.arrived = perf_counter()
+            yield batch
+            self.asked = perf_counter()
+
+    def _index(self, split: TensorSplit, order: Tensor, places: range) -> Iterator[Batch]:
+        for place in places:
+            indices = order[place : place + self.batch_size]
+            yield Batch(split.images[indices], split.targets[indices], indices)
 
     def _decode(self, chunks: list[list[int]], before: Tensor, epoch: int) -> Iterator[Batch]:
         assert self._loader is not None

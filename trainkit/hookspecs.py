@@ -95,8 +95,9 @@ class Build:
         """Choose the training images of an epoch and their order: samplers, repeated augmentation.
 
         Called once at build for the number of images, and at the start of each epoch (again on a resume inside one).
-        Draw random numbers from ``run.rng`` alone, so that the same epoch has the same order whenever it is asked for.
-        The default is a permutation of all training images.
+        Draw random numbers from ``trainkit.rng.stream(run.recipe.seed, "my_plugin", run.epoch)`` alone, so that an
+        epoch has the same order whenever it is asked for. ``run.rng`` depends on the batch, too: a resume inside the
+        epoch would get another order. The default is a permutation of all training images.
 
         Args:
             run: the run; ``run.data`` exists, ``run.epoch`` counts from 0.

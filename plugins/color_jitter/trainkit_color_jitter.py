@@ -1,6 +1,6 @@
 """Random changes of brightness, contrast, saturation and hue."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import attrs
 import numpy as np
@@ -88,7 +88,7 @@ class ColorJitter(Map):
     _hues: Tensor = field(init=False, factory=_hue_table)
 
     @hookimpl
-    def transforms(self, run: Run, split: Literal["train", "test"]) -> Map | None:
+    def transforms(self, run: Run, split: str) -> Map | None:
         """Take part in training only.
 
         Raises:

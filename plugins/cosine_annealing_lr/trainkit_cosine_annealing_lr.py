@@ -37,5 +37,6 @@ class CosineAnnealingLR:
     def scheduler(self, run: Run, optimizer: Optimizer) -> Schedule:
         """Return torch's scheduler and its unit."""
         whole_run = run.total_steps if self.unit == "step" else run.total_epochs
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.t_max or whole_run, self.eta_min)
+        t_max = self.t_max or whole_run
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, t_max, self.eta_min)
         return Schedule(scheduler, self.unit)

@@ -56,6 +56,11 @@ class FolderSplit:
         cropped = center_crop(resized, size)  # with height and width given, it has this size already
         return pil_to_tensor(cropped), target
 
+    @property
+    def targets(self) -> list[int]:
+        """The class of each image; nothing is decoded for it."""
+        return [target for _, target in self.samples]
+
     def fingerprint(self) -> str:
         """Return the digest."""
         return self.digest
@@ -68,8 +73,7 @@ class FolderSplit:
             decoded = pool.map(self.__getitem__, range(len(self)))
             for i, (image, _) in enumerate(decoded):
                 images[i] = image
-        targets = torch.tensor([target for _, target in self.samples])
-        return TensorSplit(images, targets)
+        return TensorSplit(images, torch.tensor(self.targets))
 
 
 def _positive(instance: object, attribute: object, value: int | tuple[int, int]) -> None:

@@ -17,7 +17,7 @@ import attrs
 import trainkit
 from trainkit import hookspecs
 from trainkit.errors import PluginError, UsageError, did_you_mean
-from trainkit.plugin import options_of
+from trainkit.options import options_of
 from trainkit.registry import COMMANDS, PLUGINS, installed
 
 __all__ = ["Docs", "New"]

@@ -82,7 +82,8 @@ def _describe(record: Installed) -> dict[str, Any]:
     import attrs
 
     from trainkit.hooks import load_class
-    from trainkit.plugin import declared, options_of
+    from trainkit.options import options_of
+    from trainkit.plugin import declared
 
     cls = load_class(record)
     hooks = [name for name, value in inspect.getmembers(cls) if hasattr(value, "trainkit_impl")]
