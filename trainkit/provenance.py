@@ -59,12 +59,13 @@ def record(run: Run) -> dict[str, Any]:
     Args:
         run: a run that is built.
     """
-    return {
-        "recipe": run.recipe.to_dict(),
-        "plugins": plugin_records(run.hooks.plugins, run.recipe),
-        "environment": {**environment(), "device": str(run.device), "data": data_record(run.data)},
-        "declared": declared(run),
-    }
+    with run.hooks.blaming(PluginError):
+        return {
+            "recipe": run.recipe.to_dict(),
+            "plugins": plugin_records(run.hooks.plugins, run.recipe),
+            "environment": {**environment(), "device": str(run.device), "data": data_record(run.data)},
+            "declared": declared(run),
+        }
 
 
 def plugin_records(plugins: Mapping[str, LoadedPlugin], recipe: Recipe) -> list[dict[str, Any]]:
