@@ -1,17 +1,13 @@
 """The command line as users meet it: what it prints, what it leaves behind, how it exits."""
 
-import gc
 import json
 import subprocess
 import sys
-import weakref
-from contextlib import nullcontext
 
 import pytest
 
 from trainkit.cli import main
 from trainkit.cli.output import number, printable
-from trainkit.cli.start import starting
 
 
 def test_run_reports_and_leaves_a_complete_directory(small, trainkit):
@@ -210,39 +206,3 @@ def test_a_fault_before_the_first_step_leaves_no_run_directory(small, capsys):
     assert main(["run", str(small), "plugins.figures.published=nowhere.csv"]) == 2
     assert "nowhere.csv" in capsys.readouterr().err
     assert list((small.parent / "runs").rglob("*.json")) == []
-
-
-class Cycle:
-    def __init__(self):
-        self.itself = self
-
-
-@pytest.mark.parametrize("failure", [None, ValueError])
-def test_garbage_is_not_looked_for_while_starting_and_is_afterwards(failure):
-    passes = []
-    gc.callbacks.append(lambda phase, info: passes.append(phase))
-    try:
-        with pytest.raises(failure) if failure else nullcontext(), starting():
-            kept = [[] for _ in range(100_000)]
-            if failure:
-                raise failure
-        assert len(kept) == 100_000
-        assert passes == []
-        gone = weakref.ref(Cycle())
-        gc.collect()
-        assert gone() is None
-        assert gc.isenabled()
-    finally:
-        gc.callbacks.pop()
-        gc.unfreeze()
-
-
-def test_a_collector_that_was_off_stays_off():
-    gc.disable()
-    try:
-        with starting():
-            pass
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
-        gc.unfreeze()

@@ -8,6 +8,7 @@ from itertools import count
 
 import pytest
 import torch
+from attrs import field
 
 from trainkit.errors import RunError
 from trainkit.plugin import hookimpl, plugin

@@ -94,13 +94,14 @@ def record(run: Run) -> dict[str, Any]:
     Args:
         run: a run that is built.
     """
-    return {
-        "recipe": recipe_record(run.recipe),
-        "plugins": plugin_records(run.hooks.plugins),
-        "environment": environment(run.device, run.hooks.plugins),
-        "data": data_record(run),
-        "declared": declared(run),
-    }
+    with run.hooks.blaming(PluginError):
+        return {
+            "recipe": recipe_record(run.recipe),
+            "plugins": plugin_records(run.hooks.plugins),
+            "environment": environment(run.device, run.hooks.plugins),
+            "data": data_record(run),
+            "declared": declared(run),
+        }
 
 
 def recipe_record(recipe: Recipe) -> dict[str, Any]:
