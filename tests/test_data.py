@@ -134,8 +134,8 @@ def test_order_is_a_permutation_and_a_function_of_seed_and_epoch(seed, epoch, n)
     [
         (torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), r"uint8 \[N, C, H, W\], not float32"),
         (torch.zeros(2, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), r"not uint8 \[2, 4, 4\]"),
-        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), r"int64 \[2\]"),
-        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2), r"not float32"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), r"\[2, ...\], not int64 \[3\]"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), [0, 1], r"targets must be a tensor .*, not list"),
     ],
 )
 def test_tensors_of_the_wrong_form_are_refused(images, targets, said):

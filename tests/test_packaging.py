@@ -18,7 +18,7 @@ from trainkit import __version__
 
 from .environments import PLUGINS, ROOT, Environment, distribution, environment, wheel
 
-SAMPLE = ("se", "sgd", "progress", "run_browser")  # a model's part, a provider, an observer, a command
+SAMPLE = ("se", "sgd", "progress", "runs")  # a model's part, a provider, an observer, a command
 
 each_plugin = pytest.mark.parametrize("plugin", PLUGINS)
 
@@ -92,7 +92,10 @@ def test_it_declares_what_it_imports_and_nothing_else(plugin, contents):
 
 def test_requirements_install_every_plugin():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    assert [line for line in lines if line.startswith("-e")] == ["-e .", *(f"-e ./plugins/{name}" for name in PLUGINS)]
+    assert [line for line in lines if line.startswith("-e")] == [
+        "-e .[test]",
+        *(f"-e ./plugins/{name}" for name in PLUGINS),
+    ]
 
 
 # Run by an environment that holds the core alone. Each wheel is imported, as a zip, by a process of its own, forked
@@ -262,7 +265,7 @@ def test_uninstalling_leaves_nothing_and_the_rest_works():
 
     env.pip("install", "--no-build-isolation", *line.split()[2:], cwd=ROOT)
     assert {"se", "sgd", "progress"} <= listed(env)
-    env.pip("uninstall", "-y", *(distribution(plugin) for plugin in PLUGINS if plugin != "run_browser"))
+    env.pip("uninstall", "-y", *(distribution(plugin) for plugin in PLUGINS if plugin != "runs"))
     assert env.listing() == empty
 
 

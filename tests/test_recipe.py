@@ -1,7 +1,10 @@
 import string
+import sys
+from enum import Enum
 from pathlib import Path
 from typing import Literal
 
+import attrs
 import pytest
 import yaml
 from attrs import field
@@ -33,7 +36,107 @@ def test_extends_merges_later_keys_win_and_plugins_keep_their_place(write):
     recipe = load_recipe(path)
     assert (recipe.name, recipe.epochs, recipe.batch_size) == ("child", 5, 4)
     assert recipe.plugins == {"a": {"x": 1, "y": 7}, "c": {"z": 3}, "d": {}}
-    assert list(recipe.plugins) == ["a", "c", "d"]
+    assert list(recipe.plugins) == ["d", "a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("child", "order"),
+    [
+        ("{a: , new: , b: }", "a new b c"),
+        ("{new: , other: , b: }", "a new other b c"),
+        ("{b: , new: }", "a b c new"),
+        ("{new: }", "a b c new"),
+        ("{c: , new: , a: }", "new a b c"),  # an inherited plugin keeps its place, whatever the child's order is
+        ("{one: , a: , two: , c: , three: }", "one a b two c three"),
+        ("{new: , b: false}", "a new c"),  # a plugin that the child drops still shows the place
+        ("{a@second: , b: }", "a a@second b c"),
+        ("{new: false, b: }", "a b c"),
+    ],
+)
+def test_a_plugin_that_a_child_adds_goes_before_the_next_inherited_one_that_it_lists(write, child, order):
+    write(MINIMAL + "plugins: {a: {x: 1}, b: , c: }\n", "_base.yaml")
+    recipe = load_recipe(write(f"extends: _base.yaml\nplugins: {child}\n"))
+    assert " ".join(recipe.plugins) == order
+    assert recipe.plugins["a"] == {"x": 1}
+
+
+@given(
+    st.lists(st.sampled_from("abcdef"), unique=True),
+    st.lists(st.sampled_from("abcdefuvwxyz"), unique=True),
+)
+def test_added_plugins_keep_their_order_and_precede_what_follows_them(tmp_path_factory, old, listed):
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "order_base.yaml").write_text(MINIMAL + yaml.dump({"plugins": dict.fromkeys(old)}, sort_keys=False))
+    child = yaml.dump({"extends": "order_base.yaml", "plugins": dict.fromkeys(listed)}, sort_keys=False)
+    (folder / "order.yaml").write_text(child)
+    order = list(load_recipe(folder / "order.yaml").plugins)
+    added = [name for name in listed if name not in old]
+    assert [name for name in order if name in old] == old
+    assert sorted(order) == sorted({*old, *listed})
+    for name in added:
+        following = listed[listed.index(name) + 1 :]
+        anchors = [other for other in following if other in old]
+        if anchors:
+            between = order[order.index(name) : order.index(anchors[0])]
+            assert set(between) <= set(added)
+            assert between == [other for other in listed if other in between]
+        else:
+            assert not set(order[order.index(name) :]) & set(old)
+
+
+def test_a_plugin_brought_back_keeps_its_place(write):
+    write(MINIMAL + "plugins: {a: , b: , c: }\n", "_base.yaml")
+    write("extends: _base.yaml\nplugins: {b: false}\n", "middle.yaml")
+    assert list(load_recipe(write("extends: middle.yaml\nplugins: {b: }\n")).plugins) == ["a", "b", "c"]
+    assert list(load_recipe(write("extends: middle.yaml\n"), ["plugins.b.x=1"]).plugins) == ["a", "b", "c"]
+
+
+@pytest.fixture
+def early(tmp_path, monkeypatch):
+    """Installs a plugin `early` that must precede `late` and `c`."""
+    info = tmp_path / "site" / "acme_early-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-early\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[trainkit.plugins]\nearly = acme_early_module:Early\nbroken = no_such_module:X\nfunction = os.path:join\n"
+    )
+    (tmp_path / "site" / "acme_early_module.py").write_text(
+        "from trainkit.plugin import plugin\n@plugin\nclass Early:\n    before = ('late', 'c')\n    p: float = 0.1\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    yield
+    sys.modules.pop("acme_early_module", None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "order"),
+    [
+        (["plugins.early=true"], "a b early c d"),
+        (["plugins.early.p=0.3"], "a b early c d"),
+        (["plugins.early@second.p=0.3", "plugins.early="], "a b early@second early c d"),
+        (["plugins.early=true", "plugins.c=false"], "a b early d"),
+        (["plugins.c=false", "plugins.early=true"], "a b d early"),
+        (["plugins.late@x=true", "plugins.early=true"], "a b early c d late@x"),
+        (["plugins.early=false"], "a b c d"),
+        (["plugins.broken=true"], "a b c d broken"),
+        (["plugins.function=true"], "a b c d function"),
+        (["plugins.not_installed=true"], "a b c d not_installed"),
+        ({"plugins": {"early": None}}, "a b early c d"),
+    ],
+)
+def test_a_plugin_that_an_override_adds_goes_where_its_before_allows(write, early, overrides, order):
+    path = write(MINIMAL + "plugins: {a: , b: , c: , d: }\n")
+    assert " ".join(load_recipe(path, overrides).plugins) == order
+
+
+def test_only_a_plugin_that_an_override_adds_is_imported(write, early):
+    path = write(MINIMAL + "plugins: {c: , early: }\n")
+    assert list(load_recipe(path, ["plugins.early.p=0.2", "plugins.c=true", "epochs=3"]).plugins) == ["c", "early"]
+    assert "acme_early_module" not in sys.modules
+
+
+def test_an_override_adds_plugins_to_a_recipe_without_any(write):
+    assert load_recipe(write(MINIMAL), ["plugins.a.x=1", "plugins.b=true"]).plugins == {"a": {"x": 1}, "b": {}}
 
 
 @pytest.mark.parametrize(
@@ -45,6 +148,8 @@ def test_extends_merges_later_keys_win_and_plugins_keep_their_place(write):
         ("plugins.c=true", {"a": {"x": 1, "y": [1]}, "b": {}, "c": {}}),
         ("plugins.b.k=text with = sign", {"a": {"x": 1, "y": [1]}, "b": {"k": "text with = sign"}}),
         ("plugins.a.x=${epochs}", {"a": {"x": 2, "y": [1]}, "b": {}}),
+        ("plugins.a@second.p=0.5", {"a": {"x": 1, "y": [1]}, "b": {}, "a@second": {"p": 0.5}}),
+        ("plugins.b.k=${plugins.a.x}", {"a": {"x": 1, "y": [1]}, "b": {"k": 1}}),
     ],
 )
 def test_overrides(write, override, expected):
@@ -59,6 +164,58 @@ def test_the_resolved_recipe_reads_back_equal(write):
 
 
 @pytest.mark.parametrize(
+    "requires", ['["acme-trainkit-sam>=1.2"]', "{sam: acme-tricks>=1.2, lion: acme-tricks>=1.2}", "[]"]
+)
+def test_requires_is_a_list_or_a_mapping_and_reads_back_equal(write, requires):
+    recipe = load_recipe(write(MINIMAL + f"requires: {requires}\n"))
+    assert recipe.requires == yaml.safe_load(requires)
+    assert load_recipe(write(recipe.to_yaml(), "again.yaml")) == recipe
+
+
+def test_requires_of_a_child_adds_to_a_mapping_and_replaces_a_list(write):
+    write(MINIMAL + "requires: {sam: a>=1}\n", "_base.yaml")
+    assert load_recipe(write("extends: _base.yaml\nrequires: {lion: b}\n")).requires == {"sam": "a>=1", "lion": "b"}
+    assert load_recipe(write("extends: _base.yaml\nrequires: [b]\n")).requires == ["b"]
+
+
+def test_evaluation_and_batches_have_defaults(write):
+    recipe = load_recipe(write(MINIMAL))
+    assert (recipe.eval_every, recipe.drop_last, recipe.mixed_sizes) == (1, False, False)
+    recipe = load_recipe(write(MINIMAL + "eval_every: 5\n"), ["drop_last=true", "mixed_sizes=true"])
+    assert (recipe.eval_every, recipe.drop_last, recipe.mixed_sizes) == (5, True, True)
+    assert load_recipe(write(recipe.to_yaml(), "again.yaml")) == recipe
+
+
+def test_one_plugin_twice(write):
+    path = write(MINIMAL + "plugins: {e: {needed: 1}, e@second: {needed: 2}, a: }\n")
+    recipe = load_recipe(path, ["plugins.e@second.limit=0.5", "plugins.a.x=${plugins.e@second.needed}"])
+    assert list(recipe.plugins) == ["e", "e@second", "a"]
+    assert recipe.plugins["a"] == {"x": 2}
+    made = make_options(recipe, "e@second", Example)
+    assert (made.needed, made.limit) == (2, 0.5)
+    with pytest.raises(RecipeError, match=r"plugins\.e@second\.limit: 'limit' must be > 0"):
+        make_options(load_recipe(path, ["plugins.e@second.limit=-1"]), "e@second", Example)
+    assert list(load_recipe(path, ["plugins.e@second=false"]).plugins) == ["e", "a"]
+    assert load_recipe(write(recipe.to_yaml(), "again.yaml")) == recipe
+
+
+label = st.text(alphabet=string.ascii_letters + string.digits + "_-", min_size=1, max_size=8)
+
+
+@given(label)
+def test_every_label_can_be_overridden(tmp_path_factory, label):
+    path = tmp_path_factory.getbasetemp() / "label.yaml"
+    path.write_text(MINIMAL + f"plugins: {{e@{label}: {{needed: 1}}}}\n")
+    assert load_recipe(path, [f"plugins.e@{label}.needed=2"]).plugins == {f"e@{label}": {"needed": 2}}
+
+
+@pytest.mark.parametrize("name", ["e@", "@second", "e@a@b", "e@a b", "e@ä", "e@a.b", "@"])
+def test_a_malformed_label_is_named(write, name):
+    with pytest.raises(RecipeError, match=f"plugins.{name}: expected NAME or NAME@LABEL"):
+        load_recipe(write(MINIMAL + f'plugins: {{"{name}": }}\n'))
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("name: r\nepochs: 2\n", "batch_size: missing"),
@@ -66,6 +223,17 @@ def test_the_resolved_recipe_reads_back_equal(write):
         (MINIMAL + "seed: many\n", "seed: Value 'many'"),
         (MINIMAL.replace("2", "0"), "epochs: 'epochs' must be >= 1"),
         (MINIMAL.replace("r\n", "../r\n"), "name: 'name' must be letters"),
+        (MINIMAL + "eval_every: 0\n", "eval_every: 'eval_every' must be >= 1"),
+        (MINIMAL + "drop_last: perhaps\n", "drop_last: Value 'perhaps'"),
+        (MINIMAL + "requires: 3\n", "requires: expected a list of requirements, .* or a mapping .*; got 3"),
+        (MINIMAL + "requires: text\n", "requires: expected a list of requirements, .* or a mapping .*; got 'text'"),
+        (MINIMAL + "requires:\n", "requires: expected a list"),
+        (MINIMAL + "requires: [a, [b]]\n", "requires: expected a list"),
+        (MINIMAL + "requires: {sam: [b]}\n", "requires: expected a list"),
+        (
+            MINIMAL + "expect: {parameters: [1]}\n",
+            r"expect: expected dict\[str, int \| float\], got {'parameters': \[1\]}",
+        ),
         (MINIMAL + "plugins: [a]\n", "plugins: expected a mapping"),
         (MINIMAL + "plugins: {a: 3}\n", r"plugins\.a: expected options"),
         (MINIMAL + "name: again\n", "duplicate key"),
@@ -149,10 +317,80 @@ def test_a_wrong_option_names_its_full_key(write, options, said):
         make_options(recipe, "e", Example)
 
 
+class Colour(Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+@attrs.define
+class Inner:
+    x: int = field(default=1, validator=gt(0))
+    y: list[int] = field(factory=list)
+
+
+@plugin
+class Wide:
+    """Options of all types."""
+
+    colour: Colour = Colour.RED
+    inner: Inner = field(factory=Inner)
+    inners: dict[str, Inner] = field(factory=dict)
+    sizes: tuple[int | float, ...] = ()
+    named: dict[str, int | str] = field(factory=dict)
+    nested: list[list[int] | int] = field(factory=list)
+    either: int | tuple[int, int] | Literal["auto"] = "auto"
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "made"),
+    [
+        ("colour", "BLUE", Colour.BLUE),
+        ("inner", "{x: 3, y: [4]}", Inner(3, [4])),
+        ("inners", "{a: {x: 2}}", {"a": Inner(2)}),
+        ("sizes", "[1, 2.5]", (1, 2.5)),
+        ("named", "{a: 1, b: two}", {"a": 1, "b": "two"}),
+        ("nested", "[1, [2, 3]]", [1, [2, 3]]),
+        ("either", "[1, 2]", (1, 2)),
+        ("either", "auto", "auto"),
+    ],
+)
+def test_an_option_arrives_as_its_type(write, key, given, made):
+    recipe = load_recipe(write(MINIMAL + f"plugins: {{w: {{{key}: {given}}}}}\n"))
+    assert getattr(make_options(recipe, "w", Wide), key) == made
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "said"),
+    [
+        ("colour", "GREEN", r"expected one of \[RED, BLUE\]"),
+        ("inner", "{x: text}", r"w\.inner\.x: Value 'text'"),
+        ("inner", "{x: 0}", "w.inner: 'x' must be > 0"),
+        ("inner", "{z: 0}", "Key 'z' not in 'Inner'"),
+        ("sizes", "[[1]]", r"expected tuple\[int \| float, ...\], got \[\[1\]\]"),
+        ("sizes", "[x]", "Value 'x'"),
+        ("named", "{a: [1]}", "got {'a': \\[1\\]}"),
+        ("nested", "[[x]]", r"got \[\['x'\]\]"),
+        ("either", "other", "Value 'other'"),
+    ],
+)
+def test_an_option_of_another_type_is_refused(write, key, given, said):
+    recipe = load_recipe(write(MINIMAL + f"plugins: {{w: {{{key}: {given}}}}}\n"))
+    with pytest.raises(RecipeError, match=f"plugins.w.{key}.*{said}" if not said.startswith("w") else said):
+        make_options(recipe, "w", Wide)
+
+
+def test_an_element_of_a_tuple_is_quoted(write):
+    recipe = load_recipe(write(MINIMAL + "plugins: {e: {needed: 1, sizes: [x, 2]}}\n"))
+    with pytest.raises(RecipeError, match=r"plugins.e.sizes.*Value \['x', 2\] of type 'list' could not be converted"):
+        make_options(recipe, "e", Example)
+
+
 texts = st.text(alphabet=string.printable + "é\x1b\x00", max_size=30)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts | st.dates()
 trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4))
-keys = st.sampled_from(["name", "epochs", "batch_size", "seed", "device", "expect", "plugins", "requires", "extends"])
+keys = st.sampled_from(
+    ["name", "epochs", "batch_size", "seed", "device", "expect", "plugins", "requires", "extends", "eval_every"]
+)
 
 
 def only_trainkit_errors(action):

@@ -3,8 +3,11 @@ import sys
 import textwrap
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from trainkit import registry
+from trainkit.cli import main
 from trainkit.errors import PluginError
 from trainkit.recipe import from_dict, load_recipe
 from trainkit.registry import find, installed
@@ -28,8 +31,14 @@ def site(tmp_path, monkeypatch):
     return tmp_path / "site"
 
 
-def recipe(**plugins):
-    return from_dict({"name": "r", "epochs": 1, "batch_size": 1, "plugins": plugins})
+@pytest.fixture(autouse=True)
+def nothing_reported(monkeypatch):
+    monkeypatch.setattr(registry, "_reported", set())
+
+
+def recipe(requires=(), **plugins):
+    tree = {"name": "r", "epochs": 1, "batch_size": 1, "plugins": plugins}
+    return from_dict({**tree, "requires": requires or []})
 
 
 def test_listing_reads_metadata_and_imports_nothing(site):
@@ -112,3 +121,149 @@ def test_source_tells_editable_from_wheel(site):
     assert registry.installed()["zebra"][0].source == "editable"
     (info / "direct_url.json").write_text('{"url": "https://x/y.git", "vcs_info": {"vcs": "git", "commit_id": "ab12"}}')
     assert registry.installed()["zebra"][0].source == "https://x/y.git@ab12"
+
+
+def test_a_label_finds_the_plugin_itself(site):
+    distribution(site, "acme-zebra", entries="zebra = x:X\nokapi = x:Y")
+    found = find(recipe(**{"zebra": None, "okapi": None, "zebra@second": None}))
+    assert [(key, record.name) for key, record in found.items()] == [
+        ("zebra", "zebra"),
+        ("okapi", "okapi"),
+        ("zebra@second", "zebra"),
+    ]
+    assert [registry.base_name(key) for key in found] == ["zebra", "okapi", "zebra"]
+
+
+def test_requires_may_name_the_plugins_of_one_distribution(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    requires = {"sam": "acme-tricks>=1.2", "lion": "acme-tricks>=1.2", "zebra": "git+https://x/y.git"}
+    missing = recipe(requires, **{"sam": None, "lion@second": None, "lion": None, "zebra": None, "okapi": None})
+    assert registry.source_of(missing, "lion@second") == "'acme-tricks>=1.2'"
+    assert registry.source_of(missing, "okapi") is None
+    with pytest.raises(PluginError) as caught:
+        find(missing)
+    message = str(caught.value)
+    assert "plugins 'sam', 'lion', 'zebra', 'okapi' are not installed" in message
+    assert message.count("acme-tricks") == 1  # one distribution, one requirement
+    assert "pip install 'acme-tricks>=1.2';" in message
+    assert "requires.zebra: 'git+https://x/y.git' is an address or an option" in message
+    assert "plugin 'okapi' is not to be found" in message
+
+
+def test_a_requirement_given_by_name_comes_before_the_checkout(tmp_path, monkeypatch):
+    (tmp_path / "plugins" / "zebra").mkdir(parents=True)
+    (tmp_path / "plugins" / "zebra" / "pyproject.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    assert registry.source_of(recipe(zebra=None), "zebra") == "-e ./plugins/zebra"
+    assert registry.source_of(recipe({"zebra": "acme-zebra"}, zebra=None), "zebra") == "acme-zebra"
+
+
+DAMAGED = ["zebra", "zebra = x:X\n[trainkit.plugins]\nno equals sign", "=", "[[", "\x00"]
+
+
+@pytest.mark.parametrize("entries", DAMAGED)
+def test_damaged_entry_points_of_a_plugin_are_named_once_and_passed_over(site, capsys, entries):
+    info = distribution(site, "acme-broken", "0.3", entries=entries, requires="Requires-Dist: trainkit>=0.1\n")
+    distribution(site, "acme-okapi", entries="okapi = x:Y")
+    for _ in range(2):
+        assert installed()["okapi"][0].distribution == "acme-okapi"
+    said = capsys.readouterr().err
+    (info / "entry_points.txt").write_bytes(b"\xff\xfe[")
+    installed()
+    said += capsys.readouterr().err
+    assert said.count("warning: entry_points.txt of 'acme-broken' cannot be read") == 1
+    assert said.count("reinstall acme-broken") == 1
+
+
+def test_damaged_entry_points_that_cannot_concern_us_are_passed_over_silently(site, capsys):
+    distribution(site, "numbers", group="console_scripts", entries="no equals sign")
+    distribution(site, "acme-okapi", entries="okapi = x:Y")
+    assert "okapi" in installed()
+    assert capsys.readouterr().err == ""
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@given(st.binary(max_size=60), st.binary(max_size=60), st.binary(max_size=60))
+def test_no_metadata_of_another_package_breaks_a_command(site, entry_points, metadata, direct_url):
+    if not site.exists():
+        distribution(site, "acme-okapi", entries="okapi = x:Y")
+        distribution(site, "acme-fuzz")
+    info = site / "acme_fuzz-1.0.dist-info"
+    (info / "entry_points.txt").write_bytes(b"[trainkit.plugins]\nzebra = x:X\n" + entry_points)
+    (info / "METADATA").write_bytes(b"Name: acme-fuzz\nVersion: 1.0\nRequires-Dist: " + metadata)
+    (info / "direct_url.json").write_bytes(direct_url)
+    have = installed()
+    assert "okapi" in have
+    for record in have.get("zebra", []):
+        assert record.source
+        record.check_requirement()
+
+
+@pytest.mark.parametrize("url", ["[" * 100_000, "{", "[]", "{}", '{"url": "https://x", "vcs_info": []}', "\ud800"])
+def test_a_damaged_direct_url_is_reported(site, capsys, url):
+    info = distribution(site, "acme-zebra", entries="zebra = x:X")
+    (info / "direct_url.json").write_bytes(url.encode(errors="surrogatepass"))
+    assert installed()["zebra"][0].source == "unknown"
+    assert "direct_url.json of 'acme-zebra'" in capsys.readouterr().err
+
+
+def test_a_checkout_by_path_does_not_show_where_it_lies(site):
+    info = distribution(site, "acme-zebra", entries="zebra = x:X")
+    (info / "direct_url.json").write_text('{"url": "file:///home/me/zebra", "vcs_info": {"vcs": "git"}}')
+    assert installed()["zebra"][0].source == "local"
+
+
+def test_a_damaged_requirement_is_passed_over_and_the_others_count(site, capsys):
+    requires = "Requires-Dist: !!\nRequires-Dist: trainkit>=999\n"
+    distribution(site, "acme-zebra", entries="zebra = x:X", requires=requires)
+    with pytest.raises(PluginError, match="needs trainkit>=999"):
+        find(recipe(zebra=None))
+    assert "Requires-Dist '!!' of 'acme-zebra'" in capsys.readouterr().err
+
+
+def test_requirements_that_cannot_be_parsed_at_all_are_passed_over(site, capsys):
+    info = distribution(site, "acme-zebra", entries="zebra = x:X").rename(site / "acme_zebra-1.0.egg-info")
+    (info / "METADATA").rename(info / "PKG-INFO")
+    (info / "requires.txt").write_bytes(b"\xff")
+    assert list(find(recipe(zebra=None))) == ["zebra"]
+    assert "what 'acme-zebra' requires cannot be read" in capsys.readouterr().err
+
+
+def test_a_requirement_of_an_extra_does_not_count(site):
+    distribution(site, "acme-zebra", entries="zebra = x:X", requires='Requires-Dist: trainkit>=999; extra == "new"\n')
+    assert list(find(recipe(zebra=None))) == ["zebra"]
+
+
+def test_metadata_without_a_name_are_reported(site, capsys):
+    info = distribution(site, "acme-zebra", entries="zebra = x:X")
+    (info / "METADATA").write_text("")
+    assert "zebra" not in installed()
+    assert "METADATA of the package that offers 'zebra' ('x:X')" in capsys.readouterr().err
+
+
+def test_no_terminal_escape_leaves_the_metadata(site):
+    info = distribution(site, "acme-zebra", entries="zebra = x:X")
+    (info / "METADATA").write_text("Name: acme-zebra\nVersion: 1.0\nSummary: \x1b[2J Zebra\x07 é \u202e\n folded\n")
+    (record,) = installed()["zebra"]
+    assert record.summary == r"\x1b[2J Zebra\x07 é \u202e folded"
+
+
+def test_show_refuses_a_name_that_two_distributions_claim(site, capsys):
+    distribution(site, "acme-one", entries="zebra = acme_one_module:Zebra")
+    distribution(site, "acme-two", "3.0", entries="zebra = two:Zebra")
+    (site / "acme_one_module.py").write_text("raise SystemExit('imported')\n")
+    assert main(["plugins", "show", "zebra"]) == 2
+    said = capsys.readouterr().err
+    assert "'zebra' is claimed by" in said
+    assert "acme-one 1.0" in said
+    assert "acme-two 3.0" in said
+
+
+def test_what_a_class_does_wrong_is_said_without_advice_to_reinstall(site):
+    distribution(site, "acme-wrong", "0.3", entries="wrong = acme_wrong_module:Wrong")
+    (site / "acme_wrong_module.py").write_text(
+        "from trainkit.plugin import plugin\n@plugin\nclass Wrong:\n    sizes: set[int] = None\n"
+    )
+    with pytest.raises(PluginError, match=r"plugin 'wrong' \(acme-wrong 0.3\): class Wrong .* field 'sizes'") as caught:
+        installed()["wrong"][0].load()
+    assert "reinstall" not in str(caught.value)

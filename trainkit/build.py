@@ -9,22 +9,22 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from trainkit.data import Batches, Data, describe, epoch_permutation
+from trainkit.data import Batches, Data
 from trainkit.errors import PluginError, RecipeError
 from trainkit.hooks import CallWrapper, Hooks, Implementation, load_plugins
 from trainkit.recipe import Recipe
 from trainkit.rng import torch_seed
-from trainkit.run import Run, Schedule, count_parameters
+from trainkit.run import Run, Schedule, count_parameters, epoch_order
 from trainkit.transforms import Pipeline, Transform
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["build", "build_with", "check_optimizer", "epoch_order"]
+__all__ = ["build", "build_with", "check_optimizer"]
 
 # Networks draw their weights from torch's global generator, so two threads must not build at once.
 _GENERATOR = threading.Lock()
@@ -81,33 +81,6 @@ def _build_data(run: Run) -> None:
         )
     run.batches_per_step = hooks.one("batches_per_step", int, default=lambda run: 1)(run)
     run.transforms = {name: _pipeline(run, name) for name in run.data.splits}
-
-
-def epoch_order(run: Run) -> Tensor:
-    """Return the training images of the current epoch in their order, int64 [n].
-
-    Raises:
-        PluginError: a plugin's order is not int64 [n] of indices into the training split, or changes its length.
-    """
-    impl = run.hooks.only("epoch_order")
-    size = len(run.data.train)
-    if impl is None:
-        return epoch_permutation(run.recipe.seed, run.epoch, size)
-    order: Tensor = impl.checked(Tensor, run)
-    if order.dim() != 1 or order.dtype != torch.int64 or not len(order):
-        raise PluginError(f"{impl.plugin}, epoch_order: expected int64 [n] with n > 0, got {describe(order)}")
-    if not (int(order.min()) >= 0 and int(order.max()) < size):
-        raise PluginError(
-            f"{impl.plugin}, epoch_order: indices go from {int(order.min())} to {int(order.max())}, and the training "
-            f"split has the images 0 to {size - 1}"
-        )
-    length = getattr(run, "images_per_epoch", None)
-    if length is not None and run.batches["train"].count(len(order)) != run.batches_per_epoch:
-        raise PluginError(
-            f"{impl.plugin}, epoch_order: epoch {run.epoch + 1} has {len(order)} images, and the run was built for "
-            f"epochs of {length}; return as many in every epoch"
-        )
-    return order
 
 
 def _pipeline(run: Run, split: str) -> Pipeline:

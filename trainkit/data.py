@@ -302,8 +302,9 @@ class Batches:
             start: the first batch wanted, counted from 0.
             epoch: seeds the random generators under which images are decoded.
         """
-        if order is None:
-            order = torch.arange(len(self.split))
+        in_memory = isinstance(self.split, TensorSplit)
+        if order is None:  # made on the device: a copy to it would wait for what it still does
+            order = torch.arange(len(self.split), device=self.device if in_memory else None)
         stop = self.count(len(order)) * self.batch_size
         first = start * self.batch_size
         if isinstance(self.split, TensorSplit):

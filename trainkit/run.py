@@ -29,7 +29,17 @@ if TYPE_CHECKING:
 
     from trainkit.rundir import RunDir
 
-__all__ = ["Metric", "MetricInfo", "Run", "Schedule", "best_of", "count_parameters", "is_better", "to_host"]
+__all__ = [
+    "Metric",
+    "MetricInfo",
+    "Run",
+    "Schedule",
+    "best_of",
+    "count_parameters",
+    "epoch_order",
+    "is_better",
+    "to_host",
+]
 
 FLUSH_EVERY = 50  # records that wait on the device before they are copied to the host together
 
@@ -112,7 +122,9 @@ class Run:
     provenance: dict[str, Any] = field(factory=dict)  #: plugins, environment and data, as in the run directory
     resumed: list[dict[str, Any]] = field(factory=list)  #: where the run was continued, and what was changed then
     stop_reason: str | None = None  #: why the run is about to stop at the next safe point
+    ended: str | None = None  #: why a plugin ended the run early, in an earlier session
     exit_code: int = 0  #: of the command that trains, when the run was asked to stop
+    reopened: bool = False  #: whether a checkpoint was loaded to continue the run, and it has not gone on yet
     failed: bool = False  #: whether a session failed, so that the parts may lie between two safe points
     pending: list[dict[str, Any]] = field(factory=list)  #: records not yet copied to the host
     _console: Console | None = field(default=None, alias="console")
@@ -173,8 +185,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs, or the recipe's ``max_steps``, are done and recorded."""
-        return self.epoch >= self.recipe.epochs or (self.at_max_steps and self.epoch_ended)
+        """Whether all epochs, or the recipe's ``max_steps``, are done and recorded, or a plugin ended the run early."""
+        done = self.epoch >= self.recipe.epochs or (self.at_max_steps and self.epoch_ended)
+        return done or self.ended is not None
 
     def is_stopping(self) -> bool:
         """Tell whether the run was asked to stop."""
@@ -197,7 +210,8 @@ class Run:
 
         Args:
             reason: for people, and for ``result.json``.
-            exit_code: of the command; other than 0 where the run should be continued: 143 is what a SIGTERM gives.
+            exit_code: of the command. 0 ends the run for good, which is part of its state; another one leaves it to be
+                continued: 143 is what a SIGTERM gives.
         """
         if self.stop_reason is None:
             self.stop_reason, self.exit_code = reason, exit_code
@@ -243,10 +257,7 @@ class Run:
         Args:
             split: a split's name; training images come in the order, and with the transforms, of the current epoch.
         """
-        order = None
-        if split == "train":
-            default = epoch_permutation(self.recipe.seed, self.epoch, len(self.data.train))
-            order = self.hooks.one("epoch_order", Tensor, default=lambda run: default)(self)
+        order = epoch_order(self) if split == "train" else None
         for number, batch in enumerate(self.batches[split].iterate(order, epoch=self.epoch)):
             before = self.split, self.batch_index, self.batch
             self.split, self.batch_index = split, number
@@ -343,6 +354,7 @@ class Run:
             "metric_info": {name: tuple(info) for name, info in self.metric_info.items()},
             "non_finite": self.non_finite,
             "tested": self.tested,
+            "ended": self.stop_reason if self.is_stopping() and self.exit_code == 0 else self.ended,
             "random": torch.get_rng_state(),
             "cost": {"images": self.images, "seconds": dict(self.seconds)},
             "provenance": self.provenance,
@@ -380,6 +392,7 @@ class Run:
         self.metric_info = {name: MetricInfo(*info) for name, info in state["metric_info"].items()}
         self.non_finite = list(state["non_finite"])
         self.tested = dict(state["tested"])
+        self.ended = state["ended"]
         self.images = state["cost"]["images"]
         self.seconds.update(state["cost"]["seconds"])
         self.resumed = list(state["resumed"])
@@ -396,6 +409,39 @@ class Run:
                     f"{position[name]}, and it is {now} now: images would be seen twice or never; set it back, or "
                     "continue from the end of an epoch"
                 )
+
+
+def epoch_order(run: Run) -> Tensor:
+    """Return the training images of the current epoch in their order, int64 [n].
+
+    Raises:
+        PluginError: a plugin's order is not int64 [n] of indices into the training split, or changes its length.
+    """
+    impl = run.hooks.only("epoch_order")
+    size = len(run.data.train)
+    if impl is None:
+        return epoch_permutation(run.recipe.seed, run.epoch, size)
+    before, run.batch_index = run.batch_index, 0  # the order is the epoch's, wherever in it a run resumes
+    try:
+        order: Tensor = impl.checked(Tensor, run)
+    finally:
+        run.batch_index = before
+    if order.dim() != 1 or order.dtype != torch.int64 or not len(order):
+        raise PluginError(f"{impl.plugin}, epoch_order: expected int64 [n] with n > 0, got {describe(order)}")
+    if not (int(order.min()) >= 0 and int(order.max()) < size):
+        raise PluginError(
+            f"{impl.plugin}, epoch_order: indices go from {int(order.min())} to {int(order.max())}, and the training "
+            f"split has the images 0 to {size - 1}"
+        )
+    length = getattr(run, "images_per_epoch", None)
+    batches = run.batches["train"]
+    kept = min(len(order), batches.count(len(order)) * batches.batch_size)  # less where drop_last leaves some out
+    if length is not None and kept != length:
+        raise PluginError(
+            f"{impl.plugin}, epoch_order: epoch {run.epoch + 1} has {len(order)} images, and the run was built for "
+            f"epochs of {length}; return as many in every epoch"
+        )
+    return order
 
 
 def _plain(value: Any, owner: str, key: str) -> Any:

@@ -70,6 +70,19 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
+_held: set[int] = set()  # descriptors of locked directories
+
+
+def _drop_inherited() -> None:
+    """Close the locks that a forked process inherits: a worker that outlives the run would keep them."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_inherited)
+
+
 @attrs.frozen
 class RunDir:
     """One run's directory."""
@@ -119,6 +132,36 @@ class RunDir:
         """Write a JSON file, atomically."""
         return self.write(name, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
 
+    def add(self, name: str, data: str) -> Path:
+        """Write a file beside its earlier versions, none of which is overwritten: ``name.yaml``, ``name.2.yaml``, ...
+
+        Nothing is written where the latest version says the same.
+        """
+        latest = self.latest(name)
+        if latest is None:
+            return self.write(name, data)
+        if latest.read_text() == data:
+            return latest
+        stem, _, suffix = name.rpartition(".")
+        return self.write(f"{stem}.{len(self.versions(name)) + 1}.{suffix}", data)
+
+    def add_json(self, name: str, value: Any) -> Path:
+        """Write a JSON file beside its earlier versions (:meth:`add`)."""
+        return self.add(name, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+
+    def versions(self, name: str) -> list[Path]:
+        """Return the versions of a file that sessions of the run added, the first one first."""
+        stem, _, suffix = name.rpartition(".")
+        found = [self.path / name]
+        while found[-1].is_file():
+            found.append(self.path / f"{stem}.{len(found) + 1}.{suffix}")
+        return found[:-1]
+
+    def latest(self, name: str) -> Path | None:
+        """Return the latest version of a file that sessions of the run added, or None where there is none."""
+        versions = self.versions(name)
+        return versions[-1] if versions else None
+
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Keep every other process from writing to the directory; the lock of a process that died is gone with it.
@@ -130,22 +173,25 @@ class RunDir:
             yield
             return
         handle = os.open(self.path, os.O_RDONLY)
+        _held.add(handle)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(f"{self.path}: another process is writing to this run directory") from error
             yield
-        except BlockingIOError as error:
-            raise UsageError(f"{self.path}: another process is writing to this run directory") from error
         finally:
+            _held.discard(handle)
             os.close(handle)
 
     def recipe_path(self) -> Path:
-        """Return the resolved recipe of the run.
+        """Return the resolved recipe of the run: the latest, where it was continued with another one.
 
         Raises:
             UsageError: the directory is not a run's.
         """
-        path = self.path / "recipe.yaml"
-        if not path.is_file():
+        path = self.latest("recipe.yaml")
+        if path is None:
             raise UsageError(f"{self.path}: not the directory of a run: it holds no recipe.yaml")
         return path
 

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainkit.build import epoch_order
 from trainkit.data import Batch
 from trainkit.errors import PluginError
 from trainkit.hooks import Hooks
 from trainkit.rng import torch_seed
-from trainkit.run import Metric, MetricInfo, Run, to_host
+from trainkit.run import Metric, MetricInfo, Run, epoch_order, to_host
 
 __all__ = ["Fire", "Trainer"]
 

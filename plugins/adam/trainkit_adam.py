@@ -20,7 +20,7 @@ class Adam:
         lr: learning rate; at least 0.
         betas: decay of the running means of the gradient and of its square; each at least 0 and below 1.
         eps: added to the denominator, for stability; at least 0.
-        weight_decay: L2 penalty, added to the gradient; at least 0.
+        weight_decay: L2 penalty, added to the gradient (not decoupled from it, as in AdamW); at least 0.
         amsgrad: divide by the largest running mean of the square so far.
     """
 
@@ -33,8 +33,8 @@ class Adam:
     @hookimpl
     def optimizer(self, params: list[nn.Parameter]) -> torch.optim.Adam:
         """Return torch's optimizer, in its fastest form for these parameters."""
-        # One fused kernel passes over memory once. None leaves the choice between the other forms to torch.
-        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params) or None
+        # The fused kernel passes over memory once. torch has it for real numbers on CPUs and CUDA.
+        fused = all(parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point() for parameter in params)
         return torch.optim.Adam(
             params,
             lr=self.lr,
@@ -42,5 +42,5 @@ class Adam:
             eps=self.eps,
             weight_decay=self.weight_decay,
             amsgrad=self.amsgrad,
-            fused=fused,
+            fused=fused or None,  # None leaves the choice between the other forms to torch
         )

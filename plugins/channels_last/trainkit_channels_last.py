@@ -13,8 +13,8 @@ __all__ = ["ChannelsLast"]
 class ChannelsLast:
     """Keep feature maps, images and kernels in torch's channels_last memory format.
 
-    Shapes, values and names stay as they are. Only the order in memory changes, to the one that convolutions work in
-    on processors and on GPUs with tensor cores: it spares them a reordering before and after each.
+    Shapes, values and names stay as they are. Only the order in memory changes, to the one in which convolutions
+    compute on CPUs and on GPUs with tensor cores. In another order, each convolution reorders its input and its output.
     """
 
     @hookimpl

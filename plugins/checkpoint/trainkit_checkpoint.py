@@ -1,6 +1,7 @@
 """Checkpoints."""
 
 from time import monotonic
+from typing import ClassVar
 
 from attrs import field
 from attrs.validators import ge
@@ -28,6 +29,8 @@ class Checkpoint:
             the validation split where there is one, else of the test split; or with its split, such as ``train_loss``.
             An epoch's end that is the best is saved whatever the intervals.
     """
+
+    without_effect: ClassVar = ("every_epochs", "every_steps", "every_minutes")
 
     every_epochs: int = field(default=1, validator=ge(0))
     every_steps: int = field(default=0, validator=ge(0))

@@ -1,6 +1,6 @@
 """Random changes of brightness, contrast, saturation and hue."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import attrs
 import numpy as np
@@ -71,10 +71,11 @@ class ColorJitter(Map):
     parameters, for RGB images and for gray ones, whose saturation and hue stay as they are. 0 turns an operation off.
 
     Args:
-        brightness: factors are uniform in [max(0, 1 - brightness), 1 + brightness], or in [least, greatest].
+        brightness: factors are uniform in [max(0, 1 - brightness), 1 + brightness], or in [least, greatest]; 0 is off.
         contrast: likewise.
         saturation: likewise.
-        hue: hues turn by a part of the circle, uniform in [-hue, hue] and at most 0.5, or in [least, greatest].
+        hue: hues turn by a part of the circle, uniform in [-hue, hue] and at most 0.5, or in [least, greatest]; 0 is
+            off.
     """
 
     before: ClassVar = ("normalize",)
@@ -87,7 +88,7 @@ class ColorJitter(Map):
     _hues: Tensor = field(init=False, factory=_hue_table)
 
     @hookimpl
-    def transforms(self, run: Run, split: Literal["train", "test"]) -> Map | None:
+    def transforms(self, run: Run, split: str) -> Map | None:
         """Take part in training only.
 
         Raises:

@@ -39,10 +39,10 @@ class Compile:
         """Refuse what CUDA graphs cannot do.
 
         Raises:
-            RecipeError: gradients of several batches are to be added up within the memory of a graph.
+            RecipeError: a step adds up the gradients of several batches, which a CUDA graph would overwrite.
         """
-        graphs = run.device.type == "cuda" and self.mode in ("reduce-overhead", "max-autotune")
-        if graphs and run.batches_per_step > 1:
+        uses_graphs = run.device.type == "cuda" and self.mode in ("reduce-overhead", "max-autotune")
+        if uses_graphs and run.batches_per_step > 1:
             raise RecipeError(
                 f"'mode': {self.mode} records CUDA graphs, which overwrite the gradients of one batch with the next, "
                 f"and this run adds up those of {run.batches_per_step}; set default or max-autotune-no-cudagraphs"
@@ -53,13 +53,12 @@ class Compile:
         """Return what compiles the network when it is first called."""
 
         def warn(error: RuntimeError) -> None:
-            reason = textwrap.shorten(str(error).partition("\n\n")[0], 300)
-            line = f"compile: warning: compilation failed, the run goes on without it: {reason}"
+            line = f"compile: warning: compilation failed, the run goes on without it: {_reason(error)}"
             run.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         try:
             compiled = torch.compile(model, mode=self.mode, dynamic=self.dynamic, fullgraph=self.fullgraph)
-        except RuntimeError as error:  # torch compiles nothing with this Python
+        except RuntimeError as error:  # torch does not compile under this version of Python
             warn(error)
             return model
         return _Compiled(model, compiled, warn)
@@ -68,8 +67,8 @@ class Compile:
 class _Compiled(nn.Module):
     """Calls the compiled network, or the network itself once its compilation has failed.
 
-    A missing compiler shows in the first call alone, and code that it cannot handle perhaps in a later one. Training
-    and evaluation mode reach the network because it is a child.
+    A missing compiler shows in the first call only, and code that cannot be compiled perhaps in a later one. Training
+    and evaluation mode reach the network because it is a child of this module.
     """
 
     def __init__(self, model: nn.Module, compiled: Callable[..., Tensor], warn: Callable[[RuntimeError], None]) -> None:
@@ -77,20 +76,26 @@ class _Compiled(nn.Module):
         self.model = model
         self.compiled: Callable[..., Tensor] | None = compiled
         self.warn = warn
-        # The backward pass is compiled with the forward pass: amid a backward pass it could not fail safely.
-        self.at_once = functorch.patch(force_non_lazy_backward_lowering=True)
+        # Compile the backward pass together with the forward pass: a failure in the middle of a backward pass could not
+        # be made good.
+        self.backward_too = functorch.patch(force_non_lazy_backward_lowering=True)
 
     def forward(self, images: Tensor) -> Tensor:
         if self.compiled is not None:
             try:
-                with self.at_once:
+                with self.backward_too:
                     return self.compiled(images)
-            except Unsupported as error:  # raised with fullgraph alone
-                reason = textwrap.shorten(str(error).partition("\n\n")[0], 300)
+            except Unsupported as error:  # raised with fullgraph only
                 raise RunError(
-                    f"compile: 'fullgraph': the network cannot be compiled as one graph: {reason}; set fullgraph: false"
+                    f"compile: 'fullgraph': the network cannot be compiled as one graph: {_reason(error)}; "
+                    "set fullgraph: false"
                 ) from error
             except TorchDynamoException as error:
                 self.compiled = None
                 self.warn(error)
         return self.model(images)  # type: ignore[no-any-return]
+
+
+def _reason(error: Exception) -> str:
+    """Return the first paragraph of torch's error, in at most 300 characters; the others explain how to debug torch."""
+    return textwrap.shorten(str(error).partition("\n\n")[0], 300)

@@ -21,8 +21,8 @@ class CosineAnnealingLR:
     torch's CosineAnnealingLR; beyond `t_max` it rises again.
 
     Args:
-        t_max: epochs (or steps) until `eta_min` is reached; at least 1. By default the whole run: the recipe's epochs,
-            or its optimizer steps.
+        t_max: epochs (or steps) until `eta_min` is reached; at least 1. Beyond it the rate rises again. By default the
+            whole run: the recipe's epochs, or its optimizer steps.
         eta_min: the lowest learning rate; at least 0.
         unit: change the learning rate after every ``epoch`` or after every ``step``.
     """
@@ -37,5 +37,6 @@ class CosineAnnealingLR:
     def scheduler(self, run: Run, optimizer: Optimizer) -> Schedule:
         """Return torch's scheduler and its unit."""
         whole_run = run.total_steps if self.unit == "step" else run.total_epochs
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.t_max or whole_run, self.eta_min)
+        t_max = self.t_max or whole_run
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, t_max, self.eta_min)
         return Schedule(scheduler, self.unit)

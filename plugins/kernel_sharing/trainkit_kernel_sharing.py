@@ -22,7 +22,8 @@ class KernelSharing:
 
     Args:
         within: module paths to match, such as ``stages.2`` or ``stages.*``: shell patterns, component by component, so
-            that ``*`` stands for one component of a path.
+            that ``*`` stands for one component of a path, or a part of it. Convolutions share within each matched
+            module, not across.
     """
 
     within: list[str] = field(validator=min_len(1))
@@ -35,8 +36,9 @@ class KernelSharing:
             RecipeError: a pattern matches no module, or only modules in which there is nothing to share.
         """
         for pattern in self.within:
-            modules = matching_modules(model, [pattern], "within")
-            lines = [line for path, module in modules.items() for line in _share(path, module)]
+            lines = []
+            for path, module in matching_modules(model, [pattern], "within").items():
+                lines += _share(path, module)
             if not lines:
                 raise RecipeError(
                     f"'within': there is nothing to share within {pattern!r}: no two convolutions in it have the same "
@@ -56,14 +58,15 @@ def _share(path: str, within: nn.Module) -> list[str]:
             groups.setdefault(kind, []).append(conv)
     lines = []
     for first, *others in groups.values():
-        own = {conv.weight for conv in others} - {first.weight}
-        if not own:
+        replaced = {conv.weight for conv in others} - {first.weight}
+        if not replaced:
             continue
         for conv in others:
             conv.weight = first.weight
         height, width = first.kernel_size
+        fewer = sum(kernel.numel() for kernel in replaced)
         lines.append(
             f"{path}: {1 + len(others)} convolutions {first.in_channels}->{first.out_channels} {height}x{width} "
-            f"share one kernel ({sum(kernel.numel() for kernel in own):,} fewer parameters)"
+            f"share one kernel ({fewer:,} fewer parameters)"
         )
     return lines

@@ -127,7 +127,7 @@ class LookaheadOptimizer(Optimizer):
                 "recipe that it was saved with"
             )
         fast = self._fast()
-        saved = own["slow"]  # none for a group that was added and has not been stepped with
+        saved = own["slow"]  # fewer than the parameters where a group was added after the last step
         if [slow.shape for slow in saved] != [parameter.shape for parameter in fast[: len(saved)]]:
             raise RecipeError(
                 "the saved slow weights do not fit the model; continue with the recipe they were saved with"

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from attrs import field
 
@@ -17,7 +17,7 @@ from trainkit.plugin import hookimpl, plugin
 
 __all__ = ["MetricLog"]
 
-MAX_WAITING = 500  # records that wait for the end of the epoch before they are written together
+MAX_WAITING = 500  # so many records are written together, also before the end of the epoch
 
 
 @plugin
@@ -25,12 +25,14 @@ class MetricLog:
     """Write metrics.jsonl, every record as it comes, and metrics.csv, one row an epoch.
 
     Records reach the disk together: at the end of an epoch, before a checkpoint and at the end of the run. A checkpoint
-    counts the rows, and a resumed run cuts off those that were written after it: none is missing and none there twice.
-    Numbers are written so that they read back exactly, and nothing depends on the time.
+    counts the rows, and a resumed run cuts off those that were written after it. So no row is missing, and none is
+    there twice. Numbers read back exactly. Nothing that is written depends on the time.
     """
 
+    observer: ClassVar = True
+
     _path: Path | None = field(init=False, default=None)  # of metrics.jsonl, once the run has a directory
-    _size: int = field(init=False, default=0)  # bytes of the rows on the disk; beyond may lie what a failed write left
+    _size: int = field(init=False, default=0)  # bytes of whole rows on the disk; a failed write may leave more
     _rows: int = field(init=False, default=0)
     _waiting: list[str] = field(init=False, factory=list)
 
@@ -50,18 +52,20 @@ class MetricLog:
                 f"{path} has {len(kept)} rows and the checkpoint counted {self._rows}: the file was changed or "
                 "left behind; put it back as it was, or start a new run"
             )
-        self._path, self._size = path, sum(map(len, kept))
+        self._path = path
+        self._size = sum(len(row) for row in kept)
         self._write()
         if run.history:
             self._write_table(run)
 
     @hookimpl
     def log(self, run: Run, record: dict[str, float]) -> None:
-        """Take a record; that of a whole epoch completes what is written together."""
-        # JSON has no NaN and no infinity
+        """Take a record, and write all that wait at the end of an epoch or when they are many."""
+        # JSON has no NaN and no infinity.
         row = {name: value if math.isfinite(value) else None for name, value in record.items()}
         self._waiting.append(json.dumps(row) + "\n")
-        if len(self._waiting) >= MAX_WAITING or (run.history and record is run.history[-1]):
+        is_whole_epoch = bool(run.history) and record is run.history[-1]
+        if is_whole_epoch or len(self._waiting) >= MAX_WAITING:
             self._write()
 
     @hookimpl
@@ -71,7 +75,7 @@ class MetricLog:
 
     @hookimpl
     def fit_end(self, run: Run) -> None:
-        """Write what still waits, after a stop or a failure too."""
+        """Write the records that still wait, also after a stop or a failure."""
         if self._path is None:  # the run ended before this plugin began
             return
         try:
@@ -90,6 +94,7 @@ class MetricLog:
         self._rows = state["rows"]
 
     def _write(self) -> None:
+        """Add the waiting records to the file, behind the last whole row."""
         assert self._path is not None
         data = "".join(self._waiting).encode()
         try:
@@ -100,13 +105,18 @@ class MetricLog:
                 os.fsync(file.fileno())
         except OSError as error:
             raise RunError(f"{self._path}: cannot be written: {error.strerror}") from error
-        self._size, self._rows, self._waiting = self._size + len(data), self._rows + len(self._waiting), []
+        self._size += len(data)
+        self._rows += len(self._waiting)
+        self._waiting = []
 
     @staticmethod
     def _write_table(run: Run) -> None:
+        """Write one row an epoch, with a column for each name that any epoch has."""
         assert run.dir is not None
+        columns: dict[str, None] = {}  # names in the order in which they first came
+        for row in run.history:
+            columns.update(dict.fromkeys(row))
         table = io.StringIO()
-        columns = dict.fromkeys(name for row in run.history for name in row)
         writer = csv.DictWriter(table, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(run.history)

@@ -15,8 +15,9 @@ from trainkit.plugin import hookimpl, plugin
 __all__ = ["MultiStepLR"]
 
 
-def _increasing(instance: object, attribute: "attrs.Attribute[list[int]]", value: list[int]) -> None:
-    if not value or value[0] < 1 or any(a >= b for a, b in pairwise(value)):
+def _check_milestones(instance: object, attribute: "attrs.Attribute[list[int]]", value: list[int]) -> None:
+    increasing = all(earlier < later for earlier, later in pairwise(value))
+    if not value or value[0] < 1 or not increasing:
         raise ValueError(f"'milestones' must be increasing numbers from 1 on, such as [60, 85, 100], not {value}")
 
 
@@ -33,11 +34,12 @@ class MultiStepLR:
 
     claims: ClassVar[tuple[str, ...]] = ("lr_schedule",)
 
-    milestones: list[int] = field(validator=_increasing)
+    milestones: list[int] = field(validator=_check_milestones)
     gamma: float = field(default=0.1, validator=gt(0))
     unit: Literal["epoch", "step"] = "epoch"
 
     @hookimpl
     def scheduler(self, optimizer: Optimizer) -> Schedule:
         """Return torch's scheduler and its unit."""
-        return Schedule(torch.optim.lr_scheduler.MultiStepLR(optimizer, self.milestones, self.gamma), self.unit)
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, self.milestones, self.gamma)
+        return Schedule(scheduler, self.unit)

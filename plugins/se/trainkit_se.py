@@ -22,12 +22,12 @@ class SE:
     """Recalibrate feature maps with squeeze-and-excitation (Hu et al., CVPR 2018).
 
     Each matched module is replaced by ``nn.Sequential`` of ``module`` (the original) and ``se``
-    (a :class:`SqueezeExcitation` of as many channels as the original gives). It works on any network.
+    (a :class:`SqueezeExcitation` of as many channels as the original gives). Any network will do.
 
     Args:
         after: module paths to match, such as ``stages.*.*.bn2``: shell patterns, component by component, so that
-            ``*`` stands for one component of a path.
-        reduction: the excitation's inner layer has ``channels // reduction`` values; at least 1.
+            ``*`` stands for one component of a path, or a part of it: ``layer*.*.bn2`` fits torchvision's ResNets.
+        reduction: channels are squeezed to ``channels // reduction`` values; at least 1.
         bias: whether the excitation's two layers have a bias.
     """
 
@@ -45,13 +45,13 @@ class SE:
         """
         modules = matching_modules(model, self.after, "after")
         channels = _channels(model, list(modules), run)
-        for path in reversed(channels):  # inner modules before outer ones, so that paths stay true
-            if channels[path] < self.reduction:
+        # Inner modules before outer ones: to replace an outer one changes the paths of those within it.
+        for path, count in reversed(channels.items()):
+            if count < self.reduction:
                 raise RecipeError(
-                    f"'reduction' {self.reduction} leaves nothing of the {channels[path]} channels of {path!r}; "
-                    "lower it"
+                    f"'reduction' {self.reduction} leaves nothing of the {count} channels of {path!r}; lower it"
                 )
-            se = SqueezeExcitation(channels[path], channels[path] // self.reduction, bias=self.bias)
+            se = SqueezeExcitation(count, count // self.reduction, bias=self.bias)
             model.set_submodule(path, nn.Sequential(OrderedDict(module=modules[path], se=se)))
         return model
 
@@ -75,9 +75,9 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, C, H, W] to [N, C, H, W]."""
-        # A sum's gradient is an expanded view. That of torch's mean is a map, and in contiguous order: to write it and
-        # to add it to channels_last ones takes a tenth of a step in a network with this in every block.
-        # The dtype is said, or autocast would sum in float32 on a GPU and bring that map back.
+        # Not x.mean: its gradient is a whole feature map in contiguous order. In a network with SE in every block,
+        # writing it and adding it to channels_last gradients takes a tenth of a step. The gradient of a sum is a view.
+        # Without dtype, autocast would sum in float32 on a GPU, and the gradient would be a whole feature map again.
         means = x.sum((2, 3), dtype=x.dtype) / (x.shape[2] * x.shape[3])
         gate = torch.sigmoid(self.fc2(torch.relu(self.fc1(means))))
         return x * gate[:, :, None, None]
@@ -86,23 +86,27 @@ class SqueezeExcitation(nn.Module):
 def _channels(model: nn.Module, paths: list[str], run: Run) -> dict[str, int]:
     """Return how many channels the modules give, as seen in one forward pass of a blank image.
 
-    The pass runs through a copy in evaluation mode with torch's generator put back afterwards, so that neither the
+    The pass runs through a copy in evaluation mode, and torch's generator is restored afterwards. So neither the
     statistics of batch normalization nor later random numbers change.
     """
-    seen: dict[str, list[tuple[int, ...]]] = {path: [] for path in paths}
-    trial = copy.deepcopy(model).eval()
+    shapes: dict[str, list[tuple[int, ...]]] = {path: [] for path in paths}
+    copied = copy.deepcopy(model).eval()
     for path in paths:
-        trial.get_submodule(path).register_forward_hook(partial(_record, seen[path]))
+        copied.get_submodule(path).register_forward_hook(partial(_record, shapes[path]))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        trial(torch.zeros(1, *run.image_shape))
-    for path, shapes in seen.items():
-        if len(shapes) != 1 or len(shapes[0]) != 4:
+        copied(torch.zeros(1, *run.image_shape))
+
+    channels = {}
+    for path, given in shapes.items():
+        if len(given) != 1 or len(given[0]) != 4:
             raise RecipeError(
                 f"'after': squeeze-and-excitation follows a module that gives feature maps [N, C, H, W] once in a "
-                f"forward pass; {path!r} gave {' and '.join(map(str, shapes)) or 'nothing'}"
+                f"forward pass; {path!r} gave {' and '.join(map(str, given)) or 'nothing'}"
             )
-    return {path: shape[1] for path, (shape,) in seen.items()}
+        channels[path] = given[0][1]
+    return channels
 
 
 def _record(shapes: list[tuple[int, ...]], module: nn.Module, inputs: Any, output: Any) -> None:
+    """Note the shape of an output; that of one without a shape, such as a tuple, is empty."""
     shapes.append(tuple(getattr(output, "shape", ())))

@@ -30,7 +30,7 @@ class SGD:
         momentum: factor of the gradients' running sum; at least 0, and 0 keeps none.
         dampening: the part of each gradient that the running sum leaves out.
         weight_decay: L2 penalty, added to the gradient; at least 0.
-        nesterov: look ahead along the running sum; needs a momentum, and no dampening.
+        nesterov: Nesterov's variant: look ahead along the running sum; needs a momentum, and no dampening.
     """
 
     lr: float = field(default=1e-3, validator=ge(0))
@@ -42,10 +42,7 @@ class SGD:
     @hookimpl
     def optimizer(self, params: list[nn.Parameter]) -> torch.optim.SGD:
         """Return torch's optimizer, in its fastest form for these parameters."""
-        # The fused kernel passes over memory once. None leaves the choice between the other forms to torch: where torch
-        # has no such kernel, where it is wrong (16 bits on a processor, torch 2.11), or could not start as below.
-        exact = (torch.float32, torch.float64)
-        fused = not self.dampening and all(p.device.type in ("cpu", "cuda") and p.dtype in exact for p in params)
+        fused = self._can_be_fused(params)
         optimizer = torch.optim.SGD(
             params,
             lr=self.lr,
@@ -53,11 +50,22 @@ class SGD:
             dampening=self.dampening,
             weight_decay=self.weight_decay,
             nesterov=self.nesterov,
-            fused=fused or None,
+            fused=fused or None,  # None leaves the choice between the other forms to torch
         )
         if fused and self.momentum:
-            # Its running sums begin as memory that is not initialised. The first step fills them, unless a gradient
-            # scaler has it left out. From 0 on they become the same, except with dampening: that spares the first step.
-            for p in params:
-                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            # torch (2.14) does not initialise the fused kernel's running sums. The first step fills them, unless a
+            # gradient scaler skips it. Sums that begin as 0 become the same.
+            for parameter in params:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
+
+    def _can_be_fused(self, params: list[nn.Parameter]) -> bool:
+        """Return whether torch's fused kernel, which passes over memory once, gives the right result.
+
+        torch has it for CPUs and CUDA. With parameters of 16 bits on a CPU its result is wrong (torch 2.11). With
+        dampening, running sums could not begin as 0: the first step takes its gradient undampened.
+        """
+        if self.dampening:
+            return False
+        exact = (torch.float32, torch.float64)
+        return all(parameter.device.type in ("cpu", "cuda") and parameter.dtype in exact for parameter in params)

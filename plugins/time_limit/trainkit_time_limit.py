@@ -2,6 +2,7 @@
 
 import re
 from time import monotonic
+from typing import ClassVar
 
 import attrs
 from attrs import field
@@ -31,7 +32,7 @@ def seconds(text: str) -> float:
     return total
 
 
-def _is_time(instance: object, attribute: "attrs.Attribute[str]", value: str) -> None:
+def _check_limit(instance: object, attribute: "attrs.Attribute[str]", value: str) -> None:
     seconds(value)
 
 
@@ -42,10 +43,13 @@ class TimeLimit:
     The clock starts when training does: building the run does not count, nor does the time before it was resumed.
 
     Args:
-        limit: the time, such as ``90s``, ``55m``, ``1h30m`` or ``2d``; greater than 0.
+        limit: numbers followed by ``d``, ``h``, ``m`` or ``s``, such as ``90s``, ``55m``, ``1h30m`` or ``2d``; greater
+            than 0.
     """
 
-    limit: str = field(validator=_is_time)
+    observer: ClassVar = True
+
+    limit: str = field(validator=_check_limit)
     _end: float = field(init=False, default=0.0)  # on the monotonic clock, which is never set back
 
     @hookimpl
@@ -55,12 +59,15 @@ class TimeLimit:
 
     @hookimpl
     def step_end(self, run: Run) -> None:
-        """Ask for a stop before the safe point of this step, so that whoever saves there knows of it."""
-        if monotonic() >= self._end:
-            run.stop(f"time_limit {self.limit}", exit_code=143)
+        """Ask for a stop before the safe point of this step, where a plugin that saves then sees it."""
+        self._stop_if_over(run)
 
     @hookimpl
     def forward_end(self, run: Run) -> None:
         """Ask for a stop within an evaluation, which is repeated when the run is resumed."""
-        if run.split == "test":
-            self.step_end(run)
+        if run.split != "train":
+            self._stop_if_over(run)
+
+    def _stop_if_over(self, run: Run) -> None:
+        if monotonic() >= self._end:
+            run.stop(f"time_limit {self.limit}", exit_code=143)

@@ -1,5 +1,7 @@
 """Traces of single steps."""
 
+from typing import ClassVar
+
 from attrs import field
 from attrs.validators import ge
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -14,13 +16,15 @@ __all__ = ["TorchProfiler"]
 class TorchProfiler:
     """Record some steps with torch.profiler as a trace for Perfetto or chrome://tracing.
 
-    The trace is ``profile/trace.json`` in the run directory, with what ran on the processor and, where there is one,
-    on the GPU. Recording slows the steps that it sees.
+    The trace is ``profile/trace.json`` in the run directory. It holds what ran on the CPU and, if the run is on a GPU,
+    on the GPU. Recording slows down the steps that are recorded.
 
     Args:
         after: steps before recording starts, at least 1: the first ones allocate, tune and compile.
         steps: steps recorded; at least 1.
     """
+
+    observer: ClassVar = True
 
     after: int = field(default=10, validator=ge(1))
     steps: int = field(default=3, validator=ge(1))
@@ -28,7 +32,7 @@ class TorchProfiler:
 
     @hookimpl
     def fit_start(self, run: Run) -> None:
-        """Arm the profiler."""
+        """Start the profiler, which waits for its steps."""
         assert run.dir is not None
         path = run.dir.path / "profile" / "trace.json"
 
@@ -37,7 +41,9 @@ class TorchProfiler:
             recorded.export_chrome_trace(str(path))
             run.console.print(f"torch_profiler: {path}", markup=False, highlight=False, soft_wrap=True)
 
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if run.device.type == "cuda" else [])]
+        activities = [ProfilerActivity.CPU]
+        if run.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
         phases = schedule(wait=self.after - 1, warmup=1, active=self.steps, repeat=1)
         self._profile = profile(activities=activities, schedule=phases, on_trace_ready=save)
         self._profile.start()
@@ -50,7 +56,7 @@ class TorchProfiler:
 
     @hookimpl
     def fit_end(self) -> None:
-        """Stop, also where the run ended before all was recorded."""
+        """Stop the profiler, also where the run ended before all steps were recorded."""
         if self._profile is not None:
             self._profile.stop()
             self._profile = None

@@ -13,14 +13,18 @@ from trainkit.plugin import hookimpl, plugin
 
 __all__ = ["TorchvisionModel"]
 
-#: Networks with further classifiers, whose outputs in training would come beside the logits. Their initial weights are
-#: those that torchvision gives by default; it wants that said.
-AUXILIARY = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
+#: Options of the networks with auxiliary classifiers, which in training would give further outputs beside the logits.
+#: ``init_weights`` is torchvision's default; left out, it warns that the default will change.
+WITHOUT_AUXILIARY = {"aux_logits": False, "init_weights": True}
+AUXILIARY = {"googlenet": WITHOUT_AUXILIARY, "inception_v3": WITHOUT_AUXILIARY}
+
+#: What `kwargs` cannot have.
+REFUSED = ("name", "num_classes", "weights", "pretrained", "aux_logits")
 
 
-def _own(plugin: object, attribute: "Attribute[dict[str, Any]]", value: dict[str, Any]) -> None:
+def _check_kwargs(plugin: object, attribute: "Attribute[dict[str, Any]]", value: dict[str, Any]) -> None:
     for key in value:
-        if key in ("name", "num_classes", "weights", "pretrained", "aux_logits"):
+        if key in REFUSED:
             raise ValueError(
                 f"'kwargs' cannot have {key!r}: the classes are the data's, weights are never downloaded, and a "
                 "network gives logits alone"
@@ -36,11 +40,12 @@ class TorchvisionModel:
 
     Args:
         name: of the network, as ``torchvision.models.list_models`` gives it, such as ``resnet18``.
-        kwargs: what its builder takes besides, such as ``{width_mult: 0.5}`` for ``mobilenet_v2``.
+        kwargs: what its builder takes besides the number of classes, such as ``{width_mult: 0.5}`` for ``mobilenet_v2``
+            or ``{image_size: 32}`` for ``vit_b_16``.
     """
 
     name: str
-    kwargs: dict[str, Any] = field(factory=dict, validator=_own)
+    kwargs: dict[str, Any] = field(factory=dict, validator=_check_kwargs)
 
     @hookimpl
     def model(self, run: Run) -> nn.Module:
@@ -49,7 +54,7 @@ class TorchvisionModel:
         Raises:
             RecipeError: there is no network of this name, it does not take these arguments, or not these images.
         """
-        from torchvision import models  # type: ignore[import-untyped]  # here, because it takes its time
+        from torchvision import models  # type: ignore[import-untyped]  # imported here, because that is slow
 
         known = models.list_models(module=models)
         if self.name not in known:
@@ -58,29 +63,32 @@ class TorchvisionModel:
         if run.data.shape[0] != 3:
             raise RecipeError(
                 f"torchvision's networks take images of 3 channels, and these have {run.data.shape[0]}; take a network "
-                "that is built for any number of them, such as `resnet`"
+                "that is built for any number of channels, such as `resnet`"
             )
         kwargs = {**AUXILIARY.get(self.name, {}), **self.kwargs}
         try:
             model: nn.Module = models.get_model(self.name, weights=None, num_classes=len(run.data.classes), **kwargs)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"'kwargs': torchvision's {self.name} does not take them: {error}") from error
-        _check(model, run, f"torchvision's {self.name}")
+        _check_logits(model, run, f"torchvision's {self.name}")
         return model
 
 
-def _check(model: nn.Module, run: Run, what: str) -> None:
-    """Pass one blank image through the network, in evaluation mode, which leaves it and random numbers as they are."""
+def _check_logits(model: nn.Module, run: Run, what: str) -> None:
+    """Check that the network takes the run's images and gives logits.
+
+    One blank image passes through it in evaluation mode, which changes neither the network nor random numbers.
+    """
     size = "x".join(map(str, run.image_shape))
     model.eval()
     try:
         with torch.no_grad():
             output = model(torch.zeros(1, *run.image_shape))
-    except Exception as error:  # whatever its layers raise
+    except Exception as error:  # layers raise many kinds
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
         raise RecipeError(
             f"{what} does not take the images, {size} after the training transforms: {reason}; "
-            "choose another network, options that fit in 'kwargs', or transforms that give another size"
+            "choose another network, or options that fit in 'kwargs', or transforms that give another size"
         ) from error
     model.train()
     if not isinstance(output, Tensor) or output.shape != (1, len(run.data.classes)):

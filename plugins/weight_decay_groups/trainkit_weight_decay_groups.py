@@ -21,7 +21,8 @@ class WeightDecayGroups:
     dimension, and those named by `skip`, go to a group of weight decay 0 with the same options otherwise.
 
     Args:
-        skip: names of further parameters, such as ``fc.weight`` or ``stem.*``: shell patterns over the whole name.
+        skip: names of further parameters without decay, such as ``fc.weight`` or ``stem.*``: shell patterns over the
+            whole name, so ``*`` spans dots too.
     """
 
     skip: list[str] = field(factory=list)
@@ -33,17 +34,17 @@ class WeightDecayGroups:
         Raises:
             RecipeError: a pattern matches no parameter, or there is no weight decay to take away.
         """
-        spared = self._spared(run.model)
+        undecayed = self._undecayed(run.model)
         regrouped = False
         for group in list(optimizer.param_groups):
-            rest = [p for p in group["params"] if p not in spared]
-            free = [p for p in group["params"] if p in spared]
-            if not (free and group.get("weight_decay")):
+            without = [parameter for parameter in group["params"] if parameter in undecayed]
+            rest = [parameter for parameter in group["params"] if parameter not in undecayed]
+            if not without or not group.get("weight_decay"):
                 continue
             regrouped = True
             if rest:
                 group["params"] = rest
-                optimizer.add_param_group({**group, "params": free, "weight_decay": 0.0})
+                optimizer.add_param_group({**group, "params": without, "weight_decay": 0.0})
             else:
                 group["weight_decay"] = 0.0
         if not regrouped:
@@ -53,13 +54,14 @@ class WeightDecayGroups:
             )
         return optimizer
 
-    def _spared(self, model: nn.Module) -> set[nn.Parameter]:
-        # a shared parameter has several names, and any of them may be given
+    def _undecayed(self, model: nn.Module) -> set[nn.Parameter]:
+        """Return the parameters that get no weight decay."""
+        # A shared parameter has several names, and `skip` may give any of them.
         named = dict(model.named_parameters(remove_duplicate=False))
-        spared = {p for p in named.values() if p.ndim <= 1}
+        undecayed = {parameter for parameter in named.values() if parameter.ndim <= 1}
         for pattern in self.skip:
-            found = {p for name, p in named.items() if fnmatchcase(name, pattern)}
+            found = {parameter for name, parameter in named.items() if fnmatchcase(name, pattern)}
             if not found:
                 raise RecipeError(f"'skip': {pattern!r} matches no parameter{did_you_mean(pattern, named)}")
-            spared |= found
-        return spared
+            undecayed |= found
+        return undecayed

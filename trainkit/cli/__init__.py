@@ -7,6 +7,7 @@ Installed packages add commands of their own through the entry-point group ``tra
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -28,6 +29,10 @@ BUILT_IN = {
     "recipes": "list and show recipes",
 }
 
+# How long a thread spins at a barrier before it sleeps: GNU's OpenMP in iterations (by default 300,000, or for ever),
+# Intel's and LLVM's in milliseconds (by default 200).
+SPIN = {"GOMP_SPINCOUNT": "30000", "KMP_BLOCKTIME": "1"}
+
 EXAMPLES = """\
 examples:
   trainkit run recipes/quickstart.yaml
@@ -38,6 +43,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 wrong input, 130 and 143 interrupted."""
+    _shorten_spin()
     argv = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in argv
     argv = [a for a in argv if a != "--traceback"]
@@ -52,6 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as caught:
         return _report(caught, f"{type(caught).__name__}: {caught} (--traceback shows where)", 1, show_traceback)
+
+
+def _shorten_spin() -> None:
+    """Let threads that wait for each other give up their core soon, unless the user chose how they wait.
+
+    Beside a busy program on the same cores, a thread that spins keeps the one it waits for from running: training is 10
+    to 30 times slower then. The setting is read when torch is loaded, so it must be made before
+    (``tests/benchmarks/busy.py`` measures it).
+    """
+    if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", *SPIN} & os.environ.keys():
+        os.environ.update(SPIN)
 
 
 def _dispatch(argv: list[str]) -> int:

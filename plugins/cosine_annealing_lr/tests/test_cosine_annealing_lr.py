@@ -1,5 +1,6 @@
 import io
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ class Watch:
 
     lrs: list
     save_at: int = -1
-    file: io.BytesIO | None = None
+    file: Any = None
 
     @hookimpl
     def gradients_ready(self, run):

@@ -1,5 +1,6 @@
 import io
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ class Watch:
 
     seen: list = field(factory=list)
     save_at: int = -1
-    file: io.BytesIO | None = None
+    file: Any = None
 
     @hookimpl
     def gradients_ready(self, run):

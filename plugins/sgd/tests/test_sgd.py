@@ -1,5 +1,6 @@
 import io
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ class Save:
     """Keeps a checkpoint of one step in memory."""
 
     step: int
-    file: io.BytesIO
+    file: Any
 
     @hookimpl
     def safe_point(self, run):

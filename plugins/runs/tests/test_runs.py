@@ -7,8 +7,10 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from trainkit.cli import main
+from trainkit.rundir import RunDir
 
 RECIPE = """\
 name: small
@@ -154,7 +156,7 @@ def test_show_tells_all_that_the_files_say(runs, ask):
     for name in ("result.json", "environment.json"):
         assert shown[name] == json.loads((runs / "a" / name).read_text())
     lock = json.loads((runs / "a" / "plugins.lock.json").read_text())
-    assert list(shown["plugins.lock.json"].values()) == lock
+    assert shown["plugins.lock.json"] == lock
     assert shown["recipe.yaml"]["plugins"]["sgd"] == {"lr": 0.1}
     assert shown["files"] == {p.name: p.stat().st_size for p in sorted((runs / "a").iterdir())}
 
@@ -184,7 +186,7 @@ def test_show_names_files_that_are_gone_or_broken(runs, ask):
     assert shown["result.json"]["status"] == "completed"
 
 
-@pytest.mark.parametrize("command", ["show", "compare"])
+@pytest.mark.parametrize("command", ["show", "compare", "check"])
 def test_a_directory_that_is_no_run_is_refused(tmp_path, capsys, command):
     assert main(["runs", command, str(tmp_path)]) == 2
     assert "not the directory of a run" in capsys.readouterr().err
@@ -193,7 +195,7 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path, capsys, command):
 def test_compare_shows_what_differs_and_nothing_else(runs, ask):
     code, compared, _ = ask("runs", "compare", "runs/small/a", "runs/small/b")
     assert code == 0
-    assert compared["differences"] == {"seed": [0, 1], "plugins.sgd.options.lr": [0.1, 0.05]}
+    assert compared["differences"] == {"seed": [0, 1], "plugins.sgd.lr": [0.1, 0.05]}
     results = [json.loads((runs / name / "result.json").read_text()) for name in "ab"]
     assert compared["results"]["run"] == ["runs/small/a", "runs/small/b"]
     assert compared["results"]["final.test_loss"] == [result["final"]["test_loss"] for result in results]
@@ -218,8 +220,8 @@ def test_compare_sees_versions_order_environment_and_data(runs, ask):
     _, compared, _ = ask("runs", "compare", "runs/small/a", "runs/small/b")
     differences = {key: values[1] for key, values in compared["differences"].items()}
     assert differences == {
-        "plugins.order": ["digits", "resnet", "cross_entropy", "sgd", "metric_log", "metrics"],
-        "plugins.sgd.version": "9.9",
+        "plugins.sgd version": "9.9",
+        "order of plugins": "digits, resnet, cross_entropy, sgd, metric_log, metrics",
         "environment.packages.torch": "1.0",
         "environment.data.train.fingerprint": "x",
     }
@@ -241,8 +243,211 @@ def test_listing_does_not_import_torch(runs):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["list", "show", "compare"])
+@pytest.mark.parametrize("command", ["list", "show", "compare", "check"])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit):
         main(["runs", command, "--help"])
     assert f"trainkit runs {command}" in capsys.readouterr().out.split("examples:")[1]
+
+
+# ---- runs check
+
+CHECKED = """\
+name: small
+epochs: 2
+batch_size: 4
+device: cpu
+plugins:
+  image_folder: {root: images, size: 8}
+  resnet: {stem: 4, blocks: [1], channels: [4]}
+  cross_entropy:
+  sgd: {lr: 0.1}
+  metrics: {every: 1}
+  metric_log:
+  checkpoint:
+"""
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ended")
+    for n in range(16):
+        path = folder / "images" / ("train" if n < 12 else "test") / "ab"[n % 2] / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (10 * n, 0, 0)).save(path)
+    (folder / "small.yaml").write_text(CHECKED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["run", "small.yaml", "--run-dir", "run"]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(ended, tmp_path, monkeypatch):
+    """A real run that has ended, in the current directory, and beside it its data."""
+    shutil.copytree(ended, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "150")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def check(capsys):
+    """Check the run; return exit code, verdict of each part, and the whole document."""
+
+    def check():
+        capsys.readouterr()
+        code = main(["runs", "check", "run", "--json"])
+        found = json.loads(capsys.readouterr().out)
+        assert code == (0 if found["whole"] and found["exact"] else 1)
+        return code, {f["what"]: f["verdict"] for f in found["findings"]}, found
+
+    return check
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_a_run_as_it_was_left_is_whole_and_exact(run, check):
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    code, verdicts, found = check()
+    assert code == 0
+    assert set(verdicts.values()) == {"whole"}
+    assert set(verdicts) == {str(p.relative_to(run)) for p in before}
+    assert found["answer"] == "would resume exactly, from epoch 2, batch 0, step 6"
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_the_table_ends_with_the_answer(run, capsys):
+    assert main(["runs", "check", "run"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert ["checkpoints/previous.pt", "whole", "epoch", "1,", "batch", "0,", "step", "3"] in map(str.split, printed)
+    assert printed[-1] == "would resume exactly, from epoch 2, batch 0, step 6"
+
+
+def test_a_killed_run_that_is_whole_passes(run, check):
+    (run / "result.json").unlink()
+    shutil.copy(run / "checkpoints" / "previous.pt", run / "checkpoints" / "last.pt")
+    code, verdicts, found = check()
+    assert (code, verdicts["result.json"]) == (0, "absent")
+    assert found["answer"] == "would resume exactly, from epoch 1, batch 0, step 3"
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("recipe.yaml", "epochs: 2", "epochs: two"),
+        ("plugins.lock.json", "]", ""),
+        ("plugins.lock.json", '"name"', '"title"'),
+        ("environment.json", "{", "["),
+        ("environment.json", '"device"', '"machine"'),
+        ("result.json", "}", ""),
+        ("metrics.jsonl", '{"epoch": 2, "step": 4', '{"epoch": 2, "step": '),
+        ("metrics.jsonl", '{"epoch": 2, "step": 4', '{"epoch": 2, "step": 2'),
+        ("metrics.jsonl", '{"epoch": 2, "step": 4', '{"epoch": 0, "step": 4'),
+        ("metrics.jsonl", '{"epoch": 2, "step": 4', '{"epoch": 2, "stop": 4'),
+        ("metrics.csv", "epoch,", "epoch,more,"),
+        ("metrics.csv", "\n2,", "\n3,"),
+        ("metrics.csv", "\n2,", "\nx,"),
+        ("metrics.csv", "\n2,", "\n\n2,"),
+    ],
+)
+def test_a_file_that_is_not_whole_is_broken(run, check, name, old, new):
+    edit(run / name, old, new)
+    code, verdicts, _ = check()
+    assert code == 1
+    assert {what for what, verdict in verdicts.items() if verdict == "broken"} == {name}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.csv", "plugins.lock.json"])
+def test_a_file_that_was_cut_short_is_broken(run, check, name):
+    (run / name).write_bytes((run / name).read_bytes()[:-10])
+    assert check()[1][name] == "broken"
+    (run / name).write_bytes(b"")
+    assert check()[1][name] == ("whole" if name == "metrics.jsonl" else "broken")
+
+
+@pytest.mark.parametrize("name", ["plugins.lock.json", "environment.json"])
+def test_a_file_that_every_run_has_may_not_be_absent(run, check, name):
+    (run / name).unlink()
+    code, verdicts, _ = check()
+    assert (code, verdicts[name]) == (1, "broken")
+
+
+def test_a_damaged_checkpoint_is_broken_and_the_one_before_it_resumes(run, check):
+    last = run / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:-100])
+    code, verdicts, found = check()
+    assert code == 1
+    assert {what for what, verdict in verdicts.items() if verdict == "broken"} == {"checkpoints/last.pt"}
+    assert found["exact"]
+    assert found["answer"].startswith(
+        "would resume exactly, from epoch 1, batch 0, step 3 (run/checkpoints/last.pt: damaged"
+    )
+
+
+def test_without_checkpoints_it_would_not_resume(run, check):
+    shutil.rmtree(run / "checkpoints")
+    code, verdicts, found = check()
+    assert (code, verdicts["checkpoints/last.pt"], found["whole"]) == (1, "absent", True)
+    assert found["answer"].startswith("would not: run/checkpoints/last.pt: no checkpoint")
+
+
+def test_another_version_and_a_plugin_that_is_gone_differ(run, check):
+    lock = json.loads((run / "plugins.lock.json").read_text())
+    lock[3]["version"] = "9.9"
+    lock[4]["name"] = "unicorn"
+    (run / "plugins.lock.json").write_text(json.dumps(lock))
+    code, verdicts, found = check()
+    assert code == 1
+    assert {what for what, verdict in verdicts.items() if verdict == "differs"} == {"plugin sgd", "plugin unicorn"}
+    details = {f["what"]: f["detail"] for f in found["findings"]}
+    assert details["plugin sgd"].startswith("was trainkit-sgd 9.9, is trainkit-sgd ")
+    assert details["plugin unicorn"].endswith("is not installed")
+
+
+def test_a_changed_recipe_would_not_resume_exactly(run, check):
+    edit(run / "recipe.yaml", "batch_size: 4", "batch_size: 2")
+    edit(run / "recipe.yaml", "lr: 0.1", "lr: 0.2")
+    code, verdicts, found = check()
+    assert code == 1
+    assert set(verdicts.values()) == {"whole"}
+    assert found["answer"] == "would not: batch_size was 4 and is 2; plugins.sgd.lr was 0.1 and is 0.2"
+
+
+def test_changed_data_would_not_resume_exactly(run, check):
+    (path,) = run.parent.rglob("3.png")
+    Image.new("RGB", (8, 8), (255, 255, 255)).save(path)
+    code, _, found = check()
+    assert code == 1
+    assert found["answer"].startswith("would not: environment.data.train.fingerprint was")
+
+
+def test_data_that_cannot_be_opened_are_a_reason(run, check):
+    shutil.rmtree(run.parent / "images")
+    code, _, found = check()
+    assert (code, found["whole"]) == (1, True)
+    assert found["answer"].startswith("would not: plugin 'image_folder'")
+    assert "images" in found["answer"]
+
+
+def test_rows_that_the_checkpoint_counted_must_be_there(run, check):
+    log = run / "metrics.jsonl"
+    rows = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(rows[:-1]))
+    assert (
+        check()[2]["answer"]
+        == f"would not: metrics.jsonl has {len(rows) - 1} rows and the checkpoint counted {len(rows)}"
+    )
+    log.write_text("".join([*rows, rows[-1]]))  # as a run leaves that is killed after a checkpoint
+    assert check()[0] == 0
+
+
+def test_a_run_that_another_process_writes_would_not_resume(run, check):
+    with RunDir(run).exclusive():
+        code, _, found = check()
+    assert (code, found["whole"]) == (1, True)
+    assert "another process is writing" in found["answer"]
