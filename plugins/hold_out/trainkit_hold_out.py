@@ -23,7 +23,7 @@ class HoldOut:
 
     Args:
         fraction: the share of the training images that is held out, rounded to whole images; between 0 and 1.
-        count: how many training images are held out; at least 1.
+        count: how many training images are held out, at least 1, in place of `fraction`.
         per_class: hold the same share of each class out, to within one image; else draw from all images alike.
         seed: chooses the images; by default the run's seed. Runs of several seeds with one `seed` here hold the same
             images out.
