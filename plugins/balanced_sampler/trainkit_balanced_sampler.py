@@ -12,7 +12,6 @@ from trainkit import Run
 from trainkit.data import class_targets, describe
 from trainkit.errors import RecipeError
 from trainkit.plugin import hookimpl, plugin
-from trainkit.rng import stream
 
 __all__ = ["BalancedSampler"]
 
@@ -42,7 +41,7 @@ class BalancedSampler:
         """
         if self._split is not run.data.train:
             self._sort(run)
-        rng = stream(run.recipe.seed, "balanced_sampler", run.epoch)
+        rng = run.rng("balanced_sampler")
         classes = len(self._of_class)
         each, left = divmod(self.images or len(run.data.train), classes)
         counts = np.full(classes, each)
