@@ -138,6 +138,11 @@ class Hooks:
         spec = getattr(self.manager.hook, hook).spec
         return getattr(spec.function, "trainkit_kind", "list") if spec else "list"
 
+    def order(self) -> list[tuple[str, str, list[str]]]:
+        """Return each hook that a plugin implements, its kind, and the names of its plugins in call order."""
+        called = [(hook, [impl.active.name for impl in self.implementations(hook)]) for hook in self.names()]
+        return [(hook, self.kind(hook), plugins) for hook, plugins in called if plugins]
+
     def implementations(self, hook: str) -> list[Implementation]:
         """Return who implements a hook, in the order in which they are called."""
         caller = getattr(self.manager.hook, hook)

@@ -17,7 +17,7 @@ from trainkit.errors import RecipeError, did_you_mean
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trainkit.hooks import CallWrapper, Hooks
+    from trainkit.hooks import CallWrapper
     from trainkit.run import Run
     from trainkit.trainer import Result
 
@@ -133,7 +133,7 @@ def _dry_run(trial: Run, *, as_json: bool) -> int:
         if name not in reported:
             near = did_you_mean(name, reported) or f"; reported are {', '.join(reported)}"
             raise RecipeError(f"{trial.recipe.where}: expect.{name}: no plugin of the recipe reports it{near}")
-    order = hook_order(trial.hooks)
+    order = trial.hooks.order()
     if as_json:
         print_json({"hooks": order, "parameters": result.parameters, "steps": result.steps})
         return 0
@@ -145,12 +145,6 @@ def _dry_run(trial: Run, *, as_json: bool) -> int:
         **PLAIN,
     )
     return 0
-
-
-def hook_order(hooks: Hooks) -> list[tuple[str, str, list[str]]]:
-    """Return each hook that someone implements, its kind, and who is called, in order."""
-    names = [(name, [i.active.name for i in hooks.implementations(name)]) for name in hooks.names()]
-    return [(name, hooks.kind(name), plugins) for name, plugins in names if plugins]
 
 
 def _instrument(
