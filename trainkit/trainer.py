@@ -298,6 +298,7 @@ def fit(run: Run, run_dir: str | Path | None = None, *, test_batches: int | None
     run.dir = run.dir or RunDir.create(run.recipe, Path(run_dir) if run_dir is not None else None)
     try:
         with run.dir.exclusive():
+            run.dir.remove_parts()
             return _fit(run, run.dir, test_batches)
     except TrainkitError:
         if new and run.hooks.failure is not RunError:  # nothing has begun, so nothing is left behind
