@@ -107,6 +107,7 @@ def fit(
     run.stop_reason, run.exit_code = None, 0
     with run.dir.exclusive():
         _refuse_overtaken(run, run.dir, new)
+        run.dir.remove_parts()
         try:
             return _fit(run, run.dir, Trainer(run, max_steps=max_steps, eval_batches=eval_batches))
         except TrainkitError:
