@@ -87,7 +87,7 @@ class ColorJitter(Map):
     _hues: Tensor = field(init=False, factory=_hue_table)
 
     @hookimpl
-    def transforms(self, run: Run, split: Literal["train", "test"]) -> Map | None:
+    def transforms(self, run: Run, split: str) -> Map | None:
         """Take part in training only.
 
         Raises:

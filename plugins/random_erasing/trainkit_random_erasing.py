@@ -52,7 +52,7 @@ class RandomErasing(Map):
     _generator: torch.Generator = field(init=False)  # of the noise
 
     @hookimpl
-    def transforms(self, run: Run, split: Literal["train", "test"]) -> Map | None:
+    def transforms(self, run: Run, split: str) -> Map | None:
         """Take part in training only.
 
         Raises:

@@ -26,7 +26,7 @@ class RandomHorizontalFlip(Gather):
     p: float = field(default=0.5, validator=and_(ge(0), le(1)))
 
     @hookimpl
-    def transforms(self, split: Literal["train", "test"]) -> Gather | None:
+    def transforms(self, split: str) -> Gather | None:
         """Take part in training only."""
         return self if split == "train" else None
 

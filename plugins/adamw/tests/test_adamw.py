@@ -1,4 +1,5 @@
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ class Save:
     """Keeps a checkpoint of one step in memory."""
 
     step: int
-    file: io.BytesIO
+    file: Any
 
     @hookimpl
     def safe_point(self, run):

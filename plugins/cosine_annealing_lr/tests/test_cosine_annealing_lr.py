@@ -1,4 +1,5 @@
 import io
+from typing import Any
 import math
 
 import pytest
@@ -22,7 +23,7 @@ class Watch:
 
     lrs: list
     save_at: int = -1
-    file: io.BytesIO | None = None
+    file: Any = None
 
     @hookimpl
     def gradients_ready(self, run):

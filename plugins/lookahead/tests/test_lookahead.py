@@ -1,4 +1,5 @@
 import io
+from typing import Any
 import warnings
 
 import pytest
@@ -148,7 +149,7 @@ class PlainLookahead:
     """The reference, in a run."""
 
     sync: str
-    reference: Reference | None = None
+    reference: Any | None = None
 
     @hookimpl
     def optimizer_step(self, run):
@@ -170,7 +171,7 @@ class Save:
     """Keeps a checkpoint of one step in memory."""
 
     step: int
-    file: io.BytesIO
+    file: Any
 
     @hookimpl
     def safe_point(self, run):

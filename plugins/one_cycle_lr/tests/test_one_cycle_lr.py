@@ -1,4 +1,5 @@
 import io
+from typing import Any
 import math
 
 import pytest
@@ -34,7 +35,7 @@ class Watch:
 
     seen: list = field(factory=list)
     save_at: int = -1
-    file: io.BytesIO | None = None
+    file: Any = None
 
     @hookimpl
     def gradients_ready(self, run):
