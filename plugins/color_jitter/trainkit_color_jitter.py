@@ -1,6 +1,6 @@
 """Random changes of brightness, contrast, saturation and hue."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import attrs
 import numpy as np

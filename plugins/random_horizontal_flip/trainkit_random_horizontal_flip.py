@@ -1,6 +1,5 @@
 """Random mirror images."""
 
-from typing import Literal
 
 import numpy as np
 import torch

@@ -1,6 +1,6 @@
 """Random crops of random size, resized."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import attrs
 import numpy as np

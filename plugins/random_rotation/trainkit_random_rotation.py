@@ -1,6 +1,6 @@
 """Random rotation."""
 
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 import numpy as np

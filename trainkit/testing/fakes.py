@@ -162,7 +162,7 @@ def from_recipe(cls: type, /, **options: Any) -> Any:
     Raises:
         RecipeError: an option is unknown or wrong.
     """
-    name = cls.__module__.removeprefix("trainkit_")
+    name = _name(cls)
     recipe = from_dict({"name": "test", "epochs": 1, "batch_size": 8, "plugins": {name: options}})
     return make_options(recipe, name, cls)
 
@@ -180,7 +180,11 @@ def assert_refuses(cls: type, key: str, /, *values: Any, **options: Any) -> None
         try:
             from_recipe(cls, **given)
         except RecipeError as error:
-            if f"plugins.{cls.__module__.removeprefix('trainkit_')}.{key}" not in str(error):
-                raise AssertionError(f"{cls.__name__} with {given}: the error does not name {key!r}: {error}") from error
+            if f"plugins.{_name(cls)}.{key}" not in str(error):
+                raise AssertionError(f"{cls.__name__} with {given}: the error does not name it: {error}") from error
         else:
             raise AssertionError(f"{cls.__name__} takes {given}")
+
+
+def _name(cls: type) -> str:
+    return cls.__module__.removeprefix("trainkit_")

@@ -86,19 +86,19 @@ def test_one_batch_a_step_is_what_happens_without():
     assert all(map(torch.equal, parameters_of(plain), parameters_of(one)))
 
 
-def test_a_run_stopped_within_a_step_completes_it_and_continues_exactly(tmp_path):
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_a_run_stopped_within_a_step_completes_it_and_continues_exactly(tmp_path, at):
     whole = build_run({"accumulate": Accumulate(batches=3)}, epochs=2)
     fit(whole, tmp_path / "whole")
-    for batch in range(4):
-        stop = watch(forward_end=lambda run, batch=batch: run.batch_index == batch and run.stop("enough"))
-        first = build_run({"accumulate": Accumulate(batches=3), "stop": stop}, epochs=2)
-        fit(first, tmp_path / f"first-{batch}")
-        assert first.batch_index == (3 if batch < 3 else 4)
-        second = build_run({"accumulate": Accumulate(batches=3)}, epochs=2)
-        second.load_state_dict(first.state_dict())
-        fit(second, tmp_path / f"second-{batch}")
-        assert second.step == whole.step == 4
-        assert all(map(torch.equal, parameters_of(second), parameters_of(whole)))
+    stop = watch(forward_end=lambda run: run.batch_index == at and run.stop("enough"))
+    first = build_run({"accumulate": Accumulate(batches=3), "stop": stop}, epochs=2)
+    fit(first, tmp_path / "first")
+    assert first.batch_index == (3 if at < 3 else 4)
+    second = build_run({"accumulate": Accumulate(batches=3)}, epochs=2)
+    second.load_state_dict(first.state_dict())
+    fit(second, tmp_path / "second")
+    assert second.step == whole.step == 4
+    assert all(map(torch.equal, parameters_of(second), parameters_of(whole)))
 
 
 def test_who_changes_the_loss_after_it_was_scaled_is_named():

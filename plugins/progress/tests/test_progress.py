@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from attrs import field
 from rich.console import Console
 
 import trainkit_progress

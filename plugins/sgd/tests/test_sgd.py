@@ -1,6 +1,6 @@
 import io
-from typing import Any
 import math
+from typing import Any
 
 import pytest
 import torch
