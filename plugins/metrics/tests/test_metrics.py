@@ -129,7 +129,7 @@ def test_a_run_with_uneven_batches_reports_what_a_plain_count_gives():
     def count(run, batch, output):
         each = F.cross_entropy(output, batch.targets, reduction="none").double()
         hits = (output.argmax(1) == batch.targets).sum()
-        rows.append((run.epoch, run.split, float(each.sum()), int(hits), len(batch)))
+        rows.append((run.epoch, run.split, float(each.detach().sum()), int(hits), len(batch)))
 
     run = run_steps({"metrics": Metrics(), "count": watch(forward_end=count)}, steps=14, batch_size=5)  # 7 an epoch
     assert len(run.history) == 2
