@@ -337,7 +337,8 @@ class Batches:
             passing = iter(self._loader)
             if self._loader.num_workers and threading.current_thread() is threading.main_thread():
                 # torch's handler raises wherever Python happens to be; a dead worker is found at its next batch anyway
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                if hasattr(signal, "SIGCHLD"):  # Windows has none
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for images, targets, indices in passing:
                 moved = (tensor.to(self.device, non_blocking=True) for tensor in (images, targets, indices))
                 yield Batch(*moved)
@@ -369,9 +370,13 @@ def _from_worker(text: str) -> DataError | None:
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; a worker that died of it would fail a run that is about to save."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Ignore the signals that stop a run: they reach the whole process group, and the run still needs its workers.
+
+    A run that saves and ends tells its workers to end; those of a run that died notice it by themselves.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _Decoded(Dataset[tuple[Tensor, Any, int]]):

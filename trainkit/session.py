@@ -411,17 +411,25 @@ def _result(run: Run, error: BaseException | None) -> Result:
 
 @contextmanager
 def _signals(run: Run) -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into a stop at the next safe point; the second acts at once."""
+    """Turn SIGINT, SIGTERM and SIGHUP into a stop at the next safe point; a second Ctrl-C acts at once.
+
+    ``timeout`` and ``kill`` of a process group send the same signal twice, so a second SIGTERM changes nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    interrupted = False
+
     def handle(number: int, frame: FrameType | None) -> None:
-        if run.is_stopping():
+        nonlocal interrupted
+        if number == signal.SIGINT and interrupted:
             raise KeyboardInterrupt
+        interrupted = interrupted or number == signal.SIGINT
         run.stop(signal.Signals(number).name, exit_code=128 + number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:

@@ -59,15 +59,17 @@ class Checkpoint:
         folder = run.dir.path / "checkpoints"
         last, previous, new = folder / "last.pt", folder / "previous.pt", folder / "new.pt"
         folder.mkdir(exist_ok=True)
+        # Before last.pt: a run that is killed in between continues from an earlier one and comes here again. After
+        # it, nothing would ever write best.pt of this epoch.
+        if best:
+            atomic_write(folder / "best.pt", data)
+        if kept:
+            atomic_write(folder / f"epoch-{run.epoch}.pt", data)
         atomic_write(new, data)  # whole and on the disk before an older file gives way
         if last.exists():
             last.replace(previous)
         new.replace(last)
         flush_folder(folder)
-        if best:
-            atomic_write(folder / "best.pt", data)
-        if kept:
-            atomic_write(folder / f"epoch-{run.epoch}.pt", data)
         self._saved_at = monotonic()
 
     def _is_due(self, run: Run) -> bool:

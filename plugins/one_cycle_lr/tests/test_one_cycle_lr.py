@@ -1,6 +1,4 @@
-import io
 import math
-from typing import Any
 
 import pytest
 import torch
