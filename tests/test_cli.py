@@ -10,6 +10,7 @@ from trainkit.cli import main
 from trainkit.cli.output import number, printable
 
 
+@pytest.mark.slow
 def test_run_reports_and_leaves_a_complete_directory(small, trainkit):
     done = trainkit("run", small, "--run-dir", "out")
     assert done.returncode == 0, done.stderr
@@ -29,6 +30,7 @@ def test_run_reports_and_leaves_a_complete_directory(small, trainkit):
     }
 
 
+@pytest.mark.slow
 def test_dry_run_checks_everything_and_leaves_nothing(small, trainkit):
     before = sorted(small.parent.iterdir())
     done = trainkit("run", small, "--dry-run")
@@ -38,6 +40,7 @@ def test_dry_run_checks_everything_and_leaves_nothing(small, trainkit):
     assert sorted(small.parent.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_dry_run_checks_the_values_that_it_replaces(small, trainkit):
     done = trainkit("run", small, "--dry-run", "max_steps=0")
     assert done.returncode == 2
@@ -51,6 +54,7 @@ def test_dry_run_knows_what_the_recipe_will_report(small, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_does_not_end_a_run(small):
     command = [sys.executable, "-m", "trainkit", "run", str(small), "--run-dir", "out", "plugins.progress={}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -65,6 +69,7 @@ def test_a_command_whose_actions_come_from_plugins_explains_itself(capsys):
     assert "actions: check, compare, list, show" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_json_is_the_only_thing_on_standard_output(small, trainkit):
     done = trainkit("run", small, "--json", "max_steps=1")
     result = json.loads(done.stdout)

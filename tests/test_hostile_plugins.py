@@ -106,7 +106,7 @@ def scheduler():
         (
             "metrics",
             lambda: {"loss": torch.zeros(2)},
-            "expected a number or a scalar tensor as 'loss', got Tensor",
+            "expected a number or a scalar tensor as 'loss', got float32 [2]",
         ),
     ],
 )

@@ -52,6 +52,7 @@ STATE = """
 """
 
 
+@pytest.mark.slow
 def test_a_plugin_with_saved_state_conforms(made):
     assert_conforms(made(COUNTER + STATE))
 
