@@ -29,6 +29,7 @@ OPTIONS = {
     "kernel_sharing": {"within": ["stages.0"]},
     "random_crop": {"size": 8, "padding": 1},
     "random_resized_crop": {"size": 8},
+    "reduce_lr_on_plateau": {"patience": 0, "threshold": 9.0, "threshold_mode": "abs"},
     "resnet": {**SMALL, "dropout": 0.1},
     "se": {"after": ["stages.*.*.bn2"], "reduction": 2},
     "torchvision_model": {"name": "shufflenet_v2_x0_5"},
@@ -41,10 +42,12 @@ BESIDE = {
     "figures": {"metrics": {}},
     "kernel_sharing": {"resnet": {**SMALL, "blocks": [2]}},
     "metric_log": {"metrics": {"every": 1}},
+    "reduce_lr_on_plateau": {"metrics": {}},
     "se": {"resnet": SMALL},
     "weight_decay_groups": {"sgd": {"weight_decay": 0.1}},
 }
 NOT_HERE = {
+    "binary_cross_entropy_with_logits": "the fake data have one label an image; its own test has others",
     "cifar10": "its data are files",
     "compile": "torch's compiler keeps processes and threads for as long as Python runs",
     "image_folder": "its data are files",
