@@ -143,7 +143,9 @@ def test_indices_stay_with_the_images_that_dominate():
 def test_other_targets_than_classes_are_refused(make):
     change = lambda split: TensorSplit(split.images, make(split.targets))  # noqa: E731
     data = watch(transform_data=lambda data: data.replace(train=change(data.train), test=change(data.test)))
-    with pytest.raises(RecipeError, match=r"'cutmix', built: it mixes classes, and the data's targets are float32 .*drop"):
+    with pytest.raises(
+        RecipeError, match=r"'cutmix', built: it mixes classes, and the data's targets are float32 .*drop"
+    ):
         build_run({"data": data, "cutmix": CutMix()})
 
 

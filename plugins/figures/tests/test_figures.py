@@ -8,7 +8,7 @@ from trainkit import TrainkitError, fit
 from trainkit.errors import RecipeError
 from trainkit.plugin import hookimpl, plugin
 from trainkit.rundir import RunDir
-from trainkit.testing import build_run
+from trainkit.testing import assert_refuses, build_run
 from trainkit_figures import Figures
 
 HEADER = "epoch,train_loss,test_loss,test_accuracy\n"
@@ -180,5 +180,4 @@ def test_pyplot_and_its_settings_are_left_alone(tmp_path):
 
 
 def test_every_cannot_be_negative():
-    with pytest.raises(ValueError, match="'every'"):
-        Figures(every=-1)
+    assert_refuses(Figures, "every", -1)

@@ -156,7 +156,9 @@ def test_parameters_without_gradients_are_left_out(tmp_path):
         model.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
         return model
 
-    _, message = train_poisoned(tmp_path, Poison(step=2, names=("5.bias",)), freeze=watch(transform_model=freeze), watch=watch())
+    _, message = train_poisoned(
+        tmp_path, Poison(step=2, names=("5.bias",)), freeze=watch(transform_model=freeze), watch=watch()
+    )
     assert "in 1 of 4 parameters: 5.bias" in message
 
 
@@ -238,7 +240,12 @@ def test_on_a_gpu_the_weights_are_checked_before_the_test_split_is_evaluated_by_
 
 def test_on_a_gpu_a_stop_waits_too(tmp_path, late):
     late(1000)
-    _, message = train_poisoned(tmp_path, Poison(step=2), watch(), stop=watch(step_end=lambda run: run.stop("enough") if run.step == 3 else None))
+    _, message = train_poisoned(
+        tmp_path,
+        Poison(step=2),
+        watch(),
+        stop=watch(step_end=lambda run: run.stop("enough") if run.step == 3 else None),
+    )
     assert "step 2 (epoch 1) is not finite" in message
 
 
@@ -257,4 +264,3 @@ def test_cuda_reports_the_step_and_saves_nothing_after_it(tmp_path):
     with pytest.raises(RunError, match=r"step 5 \(epoch 2\) is not finite.*in 1 of 5 parameters: 0.weight\)"):
         fit(run, tmp_path / "run")
     assert watch.saved == []
-

@@ -12,10 +12,8 @@ from torchvision import transforms
 from torchvision.transforms import functional as F
 
 from trainkit.errors import PluginError
-from trainkit.hooks import LoadedPlugin, register
-from trainkit.recipe import Recipe, make_options
 from trainkit.rng import stream
-from trainkit.testing import build_run, run_steps
+from trainkit.testing import assert_refuses, build_run, from_recipe, run_steps, watch
 from trainkit_random_resized_crop import RandomResizedCrop
 
 ZIP = next((Path(__file__).parents[3].parent / "shared" / "data" / "cifar10").glob("*.zip"), None)
@@ -174,25 +172,18 @@ def test_training_images_only():
 
 
 def test_must_come_before_normalize():
-    crop = RandomResizedCrop(size=8)
     with pytest.raises(PluginError, match="normalize"):
-        register([LoadedPlugin("normalize", RandomResizedCrop(size=8)), LoadedPlugin("random_resized_crop", crop)])
+        build_run({"normalize": watch(), "random_resized_crop": RandomResizedCrop(size=8)})
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("size", 0), ("size", (8, -1)), ("scale", (0, 1)), ("scale", (1, 0.5)), ("ratio", (0, 1)), ("ratio", (2, 1)),
-     ("ratio", (1, float("inf"))), ("scale", (float("nan"), 1))],
-)  # fmt: skip
-def test_wrong_options(name, value):
-    with pytest.raises(ValueError, match=name):
-        RandomResizedCrop(**{"size": 8, name: value})
+def test_wrong_options():
+    assert_refuses(RandomResizedCrop, "size", 0, [8, -1])
+    assert_refuses(RandomResizedCrop, "scale", [0, 1], [1, 0.5], [float("nan"), 1], size=8)
+    assert_refuses(RandomResizedCrop, "ratio", [0, 1], [2, 1], [1, float("inf")], size=8)
 
 
 @pytest.mark.parametrize(("value", "size"), [(24, (24, 24)), ([24, 16], (24, 16))])
 def test_size_in_a_recipe(value, size):
-    options = {"size": value, "scale": [0.5, 1]}
-    recipe = Recipe(name="test", epochs=1, batch_size=1, plugins={"random_resized_crop": options})
-    crop = make_options(recipe, "random_resized_crop", RandomResizedCrop)
+    crop = from_recipe(RandomResizedCrop, size=value, scale=[0.5, 1])
     assert crop.out_size((8, 8)) == size
     assert crop.scale == (0.5, 1.0)
