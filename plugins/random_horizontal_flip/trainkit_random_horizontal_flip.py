@@ -1,6 +1,5 @@
 """Random mirror images."""
 
-
 import numpy as np
 import torch
 from attrs import field

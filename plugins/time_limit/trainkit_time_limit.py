@@ -62,5 +62,5 @@ class TimeLimit:
     @hookimpl
     def forward_end(self, run: Run) -> None:
         """Ask for a stop within an evaluation, which is repeated when the run is resumed."""
-        if run.split == "test":
+        if run.split != "train":
             self.step_end(run)

@@ -69,12 +69,12 @@ def made(kind, n=48, size=(13, 17), channels=3, seed=0):
             return torch.zeros_like(noise)
 
 
-@pytest.mark.parametrize("channels", [3, 1])
 @pytest.mark.parametrize("kind", ["noise", "gray", "binary", "dark", "black"])
-@pytest.mark.parametrize("jitter", [ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.1), STRONG])
-def test_equals_torchvision_on_pil_images(jitter, kind, channels):
-    images, params = made(kind, channels=channels), drawn(jitter, 48)
-    assert torch.equal(jitter.apply(images.clone(), params), torchvision(images, params))
+def test_equals_torchvision_on_pil_images(kind):
+    for jitter in (ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.1), STRONG):
+        for channels in (3, 1):
+            images, params = made(kind, channels=channels), drawn(jitter, 48)
+            assert torch.equal(jitter.apply(images.clone(), params), torchvision(images, params))
 
 
 def test_every_order():
@@ -95,7 +95,7 @@ def test_any_factors_sizes_and_orders(steps, size, channels, seed):
     assert torch.equal(ColorJitter().apply(images.clone(), params), torchvision(images, params))
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.1, -0.25, 0.5, -0.5])
+@pytest.mark.parametrize("factor", [0.1, -0.25, 0.5, -0.5])
 def test_hue_of_every_fifth_level_and_the_extremes(factor):
     levels = torch.cat([torch.arange(0, 255, 5), torch.tensor([1, 17, 254, 255])])
     colors = torch.cartesian_prod(levels, levels, levels).to(torch.uint8).T.reshape(1, 3, len(levels), -1)

@@ -5,7 +5,7 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
@@ -42,29 +42,29 @@ def noise(n, channels, size, seed=0):
     return torch.randint(0, 256, (n, channels, *size), generator=generator, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
     ("size", "out", "n"),
     [
         ((32, 32), (32, 32), 64),
         ((17, 23), (32, 32), 32),
-        pytest.param((40, 40), (32, 32), 64, marks=shrinks),
         pytest.param((64, 64), (16, 16), 32, marks=shrinks),
         pytest.param((224, 224), (64, 64), 8, marks=shrinks),
         pytest.param((90, 37), (9, 30), 32, marks=shrinks),
         pytest.param((37, 90), (30, 9), 32, marks=shrinks),
     ],
 )
-def test_equals_torchvision_on_pil_images(size, out, n, channels):
-    crop = RandomResizedCrop(size=out)
-    images, params = noise(n, channels, size), drawn(crop, n, size)
-    ours = crop.apply(images.clone(), params)
-    assert ours.shape == (n, channels, *out)
-    assert ours.is_contiguous()
-    assert torch.equal(ours, torchvision(images, params, out))
+def test_equals_torchvision_on_pil_images(size, out, n):
+    for channels in (1, 3):
+        crop = RandomResizedCrop(size=out)
+        images, params = noise(n, channels, size), drawn(crop, n, size)
+        ours = crop.apply(images.clone(), params)
+        assert ours.shape == (n, channels, *out)
+        assert ours.is_contiguous()
+        assert torch.equal(ours, torchvision(images, params, out))
 
 
 @shrinks
+@settings(max_examples=50)
 @given(st.data(), st.integers(0, 2**32))
 def test_any_boxes_and_sizes(data, seed):
     size, out = (data.draw(st.tuples(st.integers(1, 48), st.integers(1, 48))) for _ in range(2))
@@ -78,6 +78,7 @@ def test_any_boxes_and_sizes(data, seed):
     assert torch.equal(ours, torchvision(images, params, out))
 
 
+@settings(max_examples=50)
 @given(st.integers(1, 2000), st.integers(1, 600), st.booleans())
 def test_weights_for_any_lengths(length, out, vertical):
     """One line of pixels: only one pass has work to do."""

@@ -50,6 +50,13 @@ def test_stops_and_is_saved_at_the_safe_point_after_the_limit(tmp_path, clock, l
     assert (result.status, result.reason) == ("stopped", f"time_limit {limit}")
 
 
+def test_the_evaluation_of_a_validation_split_is_cut_short_too(tmp_path, clock):
+    held_out = watch(transform_data=lambda data: data.replace(validation=data.test))
+    plugins = {"held_out": held_out, "clock": clock.plugin, "time_limit": TimeLimit(limit="5m")}
+    fit(build_run(plugins, epochs=5), tmp_path)
+    assert (clock.saved, clock.minutes) == ([(0, 4, 4)], 5)
+
+
 def test_a_run_within_its_time_completes(tmp_path, clock):
     run = build_run({"clock": clock.plugin, "time_limit": TimeLimit(limit="12m1s")}, epochs=2)
     assert fit(run, tmp_path).status == "completed"
