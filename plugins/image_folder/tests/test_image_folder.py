@@ -12,10 +12,9 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILTo
 
 import trainkit_image_folder
 from trainkit.data import Batches, TensorSplit
-from trainkit.errors import DataError, RecipeError
+from trainkit.errors import DataError
 from trainkit.provenance import fingerprint
-from trainkit.recipe import Recipe, make_options
-from trainkit.testing import parameters_of, run_steps
+from trainkit.testing import assert_refuses, from_recipe, parameters_of, run_steps
 from trainkit_image_folder import FolderSplit, ImageFolder
 
 
@@ -184,34 +183,18 @@ def test_undecodable_image_is_named_when_it_is_read(root):
         list(Batches(data.train, 4, torch.device("cpu"), workers=0).iterate())
 
 
-def options(**given):
-    return make_options(
-        Recipe(name="r", epochs=1, batch_size=1, plugins={"image_folder": given}), "image_folder", ImageFolder
-    )
-
-
 def test_options_as_a_recipe_gives_them():
-    plugin = options(root="~/flowers", size=[48, 64])
+    plugin = from_recipe(ImageFolder, root="~/flowers", size=[48, 64])
     assert plugin.root == Path.home() / "flowers"
     assert plugin.size == (48, 64)
-    assert options(root="flowers", size=64).size == 64
+    assert from_recipe(ImageFolder, root="flowers", size=64).size == 64
 
 
-@pytest.mark.parametrize(
-    ("key", "given"),
-    [
-        ("size", {"root": "x"}),
-        ("root", {"size": 8}),
-        ("size", {"root": "x", "size": 0}),
-        ("size", {"root": "x", "size": [8, -1]}),
-        ("size", {"root": "x", "size": [8, 8, 8]}),
-        ("size", {"root": "x", "size": "large"}),
-        ("workers", {"root": "x", "size": 8, "workers": -1}),
-    ],
-)
-def test_wrong_options_are_named(key, given):
-    with pytest.raises(RecipeError, match=rf"plugins\.image_folder\.{key}: "):
-        options(**given)
+def test_wrong_options_are_named():
+    assert_refuses(ImageFolder, "size", root="x")
+    assert_refuses(ImageFolder, "root", size=8)
+    assert_refuses(ImageFolder, "size", 0, [8, -1], [8, 8, 8], "large", root="x")
+    assert_refuses(ImageFolder, "workers", -1, root="x", size=8)
 
 
 def test_streaming_and_holding_train_the_same(root):
