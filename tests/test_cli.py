@@ -1,19 +1,16 @@
 """The command line as users meet it: what it prints, what it leaves behind, how it exits."""
 
-import gc
 import json
 import subprocess
 import sys
-import weakref
-from contextlib import nullcontext
 
 import pytest
 
 from trainkit.cli import main
 from trainkit.cli.output import number, printable
-from trainkit.cli.start import starting
 
 
+@pytest.mark.slow
 def test_run_reports_and_leaves_a_complete_directory(small, trainkit):
     done = trainkit("run", small, "--run-dir", "out")
     assert done.returncode == 0, done.stderr
@@ -33,6 +30,7 @@ def test_run_reports_and_leaves_a_complete_directory(small, trainkit):
     }
 
 
+@pytest.mark.slow
 def test_dry_run_checks_everything_and_leaves_nothing(small, trainkit):
     before = sorted(small.parent.iterdir())
     done = trainkit("run", small, "--dry-run")
@@ -42,6 +40,7 @@ def test_dry_run_checks_everything_and_leaves_nothing(small, trainkit):
     assert sorted(small.parent.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_dry_run_checks_the_values_that_it_replaces(small, trainkit):
     done = trainkit("run", small, "--dry-run", "max_steps=0")
     assert done.returncode == 2
@@ -55,6 +54,7 @@ def test_dry_run_knows_what_the_recipe_will_report(small, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_does_not_end_a_run(small):
     command = [sys.executable, "-m", "trainkit", "run", str(small), "--run-dir", "out", "plugins.progress={}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -69,6 +69,7 @@ def test_a_command_whose_actions_come_from_plugins_explains_itself(capsys):
     assert "actions: check, compare, list, show" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_json_is_the_only_thing_on_standard_output(small, trainkit):
     done = trainkit("run", small, "--json", "max_steps=1")
     result = json.loads(done.stdout)
@@ -210,39 +211,3 @@ def test_a_fault_before_the_first_step_leaves_no_run_directory(small, capsys):
     assert main(["run", str(small), "plugins.figures.published=nowhere.csv"]) == 2
     assert "nowhere.csv" in capsys.readouterr().err
     assert list((small.parent / "runs").rglob("*.json")) == []
-
-
-class Cycle:
-    def __init__(self):
-        self.itself = self
-
-
-@pytest.mark.parametrize("failure", [None, ValueError])
-def test_garbage_is_not_looked_for_while_starting_and_is_afterwards(failure):
-    passes = []
-    gc.callbacks.append(lambda phase, info: passes.append(phase))
-    try:
-        with pytest.raises(failure) if failure else nullcontext(), starting():
-            kept = [[] for _ in range(100_000)]
-            if failure:
-                raise failure
-        assert len(kept) == 100_000
-        assert passes == []
-        gone = weakref.ref(Cycle())
-        gc.collect()
-        assert gone() is None
-        assert gc.isenabled()
-    finally:
-        gc.callbacks.pop()
-        gc.unfreeze()
-
-
-def test_a_collector_that_was_off_stays_off():
-    gc.disable()
-    try:
-        with starting():
-            pass
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
-        gc.unfreeze()

@@ -1,5 +1,6 @@
 import pickle
 from time import perf_counter, sleep
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_decoded_splits_give_the_batches_of_those_in_memory(n, batch_size, shuff
 )
 def test_a_dead_worker_is_told_from_other_failures(error, died):
     class Loader:
-        num_workers = 2
+        batch_sampler = SimpleNamespace()
 
         def __iter__(self):
             raise error

@@ -79,6 +79,7 @@ def resumes(folder):
     assert json.loads((folder / "out" / "result.json").read_text())["steps"] == step + 2
 
 
+@pytest.mark.slow
 def test_a_picture_that_vanishes_is_named_and_nothing_is_lost(streamed):
     process = begin(streamed)
     picture = streamed / "pictures" / "train" / "dog" / "7.png"
@@ -92,6 +93,7 @@ def test_a_picture_that_vanishes_is_named_and_nothing_is_lost(streamed):
     resumes(streamed)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers through /proc")
 def test_a_killed_worker_ends_the_run_with_one_message(streamed):
     process = begin(streamed)
@@ -103,6 +105,7 @@ def test_a_killed_worker_ends_the_run_with_one_message(streamed):
     resumes(streamed)
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_the_whole_group_saves_as_one_of_the_run_does(streamed):
     process = begin(streamed)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
@@ -112,11 +115,7 @@ def test_an_interrupt_of_the_whole_group_saves_as_one_of_the_run_does(streamed):
     resumes(streamed)
 
 
-def test_the_share_of_waiting_for_data_is_reported(streamed):
-    assert main(["run", "streamed.yaml", "--run-dir", "out", "max_steps=8"]) == 0
-    assert 0 < json.loads((streamed / "out" / "result.json").read_text())["data_wait"] < 1
-
-
+@pytest.mark.slow
 def test_a_clock_that_goes_back_changes_nothing(small, monkeypatch):
     assert main(["run", str(small), "--run-dir", "straight"]) == 0
     moments = iter(range(10**9, 0, -1000))
@@ -132,6 +131,7 @@ def test_a_directory_that_cannot_be_made_is_one_error(small, capsys):
     assert "cannot be made" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_class_label_with_terminal_escapes_reaches_the_terminal_as_text(streamed, capfd):
     for split in ("train", "test"):
         (streamed / "pictures" / split / "dog").rename(streamed / "pictures" / split / "\x1b]0;owned\x07dog")

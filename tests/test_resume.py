@@ -56,6 +56,7 @@ def wait_for(path, seconds=60):
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_prints_the_command_that_continues(small, number, code):
     with start("run", small, "--run-dir", "out", "epochs=500") as process:
@@ -68,6 +69,7 @@ def test_a_signal_saves_and_prints_the_command_that_continues(small, number, cod
     assert (result["status"], result["reason"]) == ("stopped", number.name)
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_random_moments_a_run_reaches_the_identical_end(small):
     arguments = [str(small), "epochs=40", *EVERY]  # 240 steps: room for all twenty in one and the same run
     assert main(["run", *arguments, "--run-dir", "whole"]) == 0
@@ -114,6 +116,7 @@ def test_both_damaged_is_one_error(small, capsys):
     assert "damaged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_moved_run_continues(small, whole):
     with start("run", small, "--run-dir", "out", *EVERY) as process:
         wait_for(small.parent / "out" / "checkpoints" / "last.pt")
@@ -181,6 +184,7 @@ def test_more_epochs_extend_a_finished_run(small, capsys):
     assert [r["epoch"] for r in rows if "test_loss" in r] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before_it(small, capsys):
     assert main(["run", str(small), "--run-dir", "out", "epochs=1"]) == 0
     size = (small.parent / "out" / "checkpoints" / "last.pt").stat().st_size
@@ -231,6 +235,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_loses_nothing(small, disk, capsy
     assert [r["epoch"] for r in rows if "test_loss" in r] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_second_process_on_one_directory_is_refused(small):
     with start("run", small, "--run-dir", "out", "epochs=1000") as process:
         wait_for(small.parent / "out" / "checkpoints" / "last.pt")

@@ -8,6 +8,7 @@ from itertools import count
 
 import pytest
 import torch
+from attrs import field
 
 from trainkit.errors import RunError
 from trainkit.plugin import hookimpl, plugin
@@ -51,6 +52,7 @@ STATE = """
 """
 
 
+@pytest.mark.slow
 def test_a_plugin_with_saved_state_conforms(made):
     assert_conforms(made(COUNTER + STATE))
 

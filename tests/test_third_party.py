@@ -89,6 +89,7 @@ def test_a_plugin_implements_the_hook_of_another(trained):
     assert (folder / "run" / "alerts" / "accuracy.txt").read_text().startswith("test_accuracy passed 60 in epoch ")
 
 
+@pytest.mark.slow
 def test_a_hook_of_another_needs_its_owner_in_the_recipe(env, trained):
     folder, _ = trained
     done = env.trainkit("run", "stripes.yaml", "plugins.alert=false", cwd=folder)
@@ -100,12 +101,13 @@ def test_a_command_of_their_own(env, trained):
     folder, _ = trained
     done = env.trainkit("best", "run", cwd=folder)
     assert done.returncode == 0
-    assert done.stdout.startswith(("test_loss ", "test_accuracy "))
+    assert {line.split()[0] for line in done.stdout.splitlines()} >= {"test_loss", "test_accuracy"}
     assert "best  " in env.trainkit("--help").stdout
     done = env.trainkit("best", "nowhere", cwd=folder)
     assert (done.returncode, done.stderr[:25]) == (2, "error: nowhere/result.jso")
 
 
+@pytest.mark.slow
 def test_a_recipe_names_where_its_packages_come_from(tmp_path):
     (tmp_path / "stripes.yaml").write_text(RECIPE)
     done = environment(ROOT).trainkit("run", "stripes.yaml", cwd=tmp_path)
@@ -166,6 +168,7 @@ def test_mixup_mixes_images_and_targets_alike(imported):
     assert not torch.equal(mixed.targets, one_hot(torch.arange(4)).float())
 
 
+@pytest.mark.slow
 def test_they_keep_the_promises_of_every_plugin(imported):
     options = {"acme-trainkit-sam": {}, "trainkit-acme-mixup": {}, "acme-trainkit-stripes": {"images": 32}}
     classes = {name: imported(name) for name in options}

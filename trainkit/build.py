@@ -80,6 +80,8 @@ def _build_data(run: Run) -> None:
             "and drop_last leaves nothing; lower it, or set drop_last: false"
         )
     run.batches_per_step = hooks.one("batches_per_step", int, default=lambda run: 1)(run)
+    if run.batches_per_step < 1:
+        raise PluginError(f"{hooks.named('batches_per_step')}: expected at least 1, got {run.batches_per_step}")
     run.transforms = {name: _pipeline(run, name) for name in run.data.splits}
 
 
@@ -259,7 +261,7 @@ def _trial_error(trial: nn.Module, model: nn.Module, shape: tuple[int, ...], *, 
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         try:
             devices = [device] if device.type == "cuda" else []
-            with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            with _GENERATOR, torch.no_grad(), torch.random.fork_rng(devices=devices):
                 real(torch.zeros(shape, device=device))
         except Exception as error:
             return error

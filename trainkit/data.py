@@ -274,17 +274,11 @@ class Batches:
         self.device = device
         self.drop_last = drop_last
         self.asked = self.arrived = 0.0
-        self._sampler = _Positions()
-        self._loader: DataLoader[Any] | None = None
-        if not isinstance(self.split, TensorSplit):
-            self._loader = DataLoader(
-                _Decoded(self.split, name, seed),
-                batch_sampler=self._sampler,
-                num_workers=workers,
-                persistent_workers=workers > 0,
-                pin_memory=device.type == "cuda",
-                worker_init_fn=_leave_signals_to_the_run,
-            )
+        self.workers = workers
+        self.name = name
+        self.seed = seed
+        self._loader: DataLoader[Any] | None = None if isinstance(self.split, TensorSplit) else self._new_loader()
+        self._in_use = False
 
     def __len__(self) -> int:
         """Return the number of batches of one pass over the split in its own order."""
@@ -323,21 +317,37 @@ class Batches:
             indices = order[place : place + self.batch_size]
             yield Batch(split.images[indices], split.targets[indices], indices)
 
+    def _new_loader(self) -> DataLoader[Any]:
+        return DataLoader(
+            _Decoded(self.split, self.name, self.seed),
+            batch_sampler=_Positions(),
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_run,
+        )
+
     def _decode(self, chunks: list[list[int]], before: Tensor, epoch: int) -> Iterator[Batch]:
         assert self._loader is not None
+        # Workers can be at one pass only: a pass within another one (Run.iterate in a step) has workers of its own.
+        within = self._in_use
+        loader = self._new_loader() if within else self._loader
+        self._in_use = True
         seen = Counter(before.tolist())  # an image that is drawn again in one epoch gets other random numbers
-        self._sampler.batches = []
+        batches: list[list[tuple[int, int, int]]] = []
         for chunk in chunks:
             draws = []
             for index in chunk:
                 draws.append((epoch, index, seen[index]))
                 seen[index] += 1
-            self._sampler.batches.append(draws)
+            batches.append(draws)
         try:
-            passing = iter(self._loader)
-            if self._loader.num_workers and threading.current_thread() is threading.main_thread():
+            loader.batch_sampler.batches = batches  # type: ignore[union-attr]
+            passing = iter(loader)
+            if self.workers and threading.current_thread() is threading.main_thread():
                 # torch's handler raises wherever Python happens to be; a dead worker is found at its next batch anyway
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                if hasattr(signal, "SIGCHLD"):  # Windows has none
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for images, targets, indices in passing:
                 moved = (tensor.to(self.device, non_blocking=True) for tensor in (images, targets, indices))
                 yield Batch(*moved)
@@ -346,17 +356,28 @@ class Batches:
                 raise told from error
             # an end of file or of a connection is what is seen of a worker that dies while it hands over a batch
             died = isinstance(error, EOFError | ConnectionError) or "DataLoader worker" in str(error)
-            if not (died and self._loader.num_workers):
+            if not (died and self.workers):
                 raise
             reason = str(error).partition("\n")[0] or "its connection ended"
             raise RunError(f"a process that decodes images died: {reason}") from error
+        finally:
+            if within:
+                _end_workers(loader)
+            else:
+                self._in_use = False
 
     def close(self) -> None:
         """End the worker processes, if there are any; the next iteration starts new ones."""
-        passing: Any = getattr(self._loader, "_iterator", None)
-        if passing is not None:  # left to the interpreter's exit, they die of signals that it reports as errors
-            passing._shutdown_workers()
-            self._loader._iterator = None  # type: ignore[union-attr]
+        self._in_use = False
+        if self._loader is not None:
+            _end_workers(self._loader)
+
+
+def _end_workers(loader: DataLoader[Any]) -> None:
+    passing: Any = getattr(loader, "_iterator", None)
+    if passing is not None:  # left to the interpreter's exit, they die of signals that it reports as errors
+        passing._shutdown_workers()
+        loader._iterator = None
 
 
 def _from_worker(text: str) -> DataError | None:
@@ -369,9 +390,13 @@ def _from_worker(text: str) -> DataError | None:
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; a worker that died of it would fail a run that is about to save."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Ignore the signals that stop a run: they reach the whole process group, and the run still needs its workers.
+
+    A run that saves and ends tells its workers to end; those of a run that died notice it by themselves.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _Decoded(Dataset[tuple[Tensor, Any, int]]):

@@ -45,7 +45,19 @@ if TYPE_CHECKING:
     from trainkit.run import Run
     from trainkit.rundir import RunDir
 
-__all__ = ["ABSENT", "LISTED", "Difference", "compare", "file_digest", "fingerprint", "from_files", "record", "write"]
+__all__ = [
+    "ABSENT",
+    "LISTED",
+    "Difference",
+    "compare",
+    "digest",
+    "file_digest",
+    "fingerprint",
+    "from_files",
+    "record",
+    "state_digest",
+    "write",
+]
 
 DIGEST_SIZE = 16
 
@@ -82,13 +94,14 @@ def record(run: Run) -> dict[str, Any]:
     Args:
         run: a run that is built.
     """
-    return {
-        "recipe": recipe_record(run.recipe),
-        "plugins": plugin_records(run.hooks.plugins),
-        "environment": environment(run.device, run.hooks.plugins),
-        "data": data_record(run),
-        "declared": declared(run),
-    }
+    with run.hooks.blaming(PluginError):
+        return {
+            "recipe": recipe_record(run.recipe),
+            "plugins": plugin_records(run.hooks.plugins),
+            "environment": environment(run.device, run.hooks.plugins),
+            "data": data_record(run),
+            "declared": declared(run),
+        }
 
 
 def recipe_record(recipe: Recipe) -> dict[str, Any]:
@@ -456,6 +469,54 @@ def file_digest(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return f"blake2b:{digest.hexdigest()}"
+
+
+# ---- digests
+
+
+def state_digest(state: Mapping[str, Any]) -> str:
+    """Return a digest of what a run's further numbers depend on: of a state that ``Run.state_dict`` returned.
+
+    These are weights, optimizer, schedules, position, the metrics so far and the states of plugins, but for observers.
+    Time, paths, records and observers have no part in it: whoever replays the run gets the same digest.
+
+    Args:
+        state: a state, from a run or from a checkpoint.
+    """
+    watching = {plugin["name"] for plugin in state["provenance"].get("plugins", []) if plugin.get("observer")}
+    material = {name: state[name] for name in ("model", "optimizer", "schedules", "position", "history", "non_finite")}
+    material["plugins"] = {name: saved["state"] for name, saved in state["plugins"].items() if name not in watching}
+    return digest(material)
+
+
+def digest(value: Any) -> str:
+    """Return a digest of nested plain values and tensors; equal ones have equal digests, on whatever device."""
+    made = blake2b(digest_size=DIGEST_SIZE)
+    _feed(made, value)
+    return made.hexdigest()
+
+
+def _feed(made: Any, value: Any) -> None:
+    """Feed a value to a hash, each part behind its type and length, so that no two values give the same bytes."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach().cpu().contiguous()
+        made.update(f"tensor {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        if tensor.numel():
+            made.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping):
+        made.update(f"mapping {len(value)} ".encode())
+        for key in sorted(value, key=repr):
+            _feed(made, key)
+            _feed(made, value[key])
+    elif isinstance(value, list | tuple):
+        made.update(f"sequence {len(value)} ".encode())
+        for inner in value:
+            _feed(made, inner)
+    else:
+        text = repr(value).encode()
+        made.update(f"{type(value).__name__} {len(text)} ".encode() + text)
 
 
 # ---- keep

@@ -38,6 +38,7 @@ __all__ = [
     "count_parameters",
     "epoch_order",
     "is_better",
+    "scalar",
     "to_host",
 ]
 
@@ -120,6 +121,7 @@ class Run:
     tested: dict[str, float] = field(factory=dict)  #: the test split's metrics on the selected weights, at the end
     seconds: dict[str, float] = field(factory=lambda: {"train": 0.0, "evaluation": 0.0, "total": 0.0})  #: wall time
     provenance: dict[str, Any] = field(factory=dict)  #: plugins, environment and data, as in the run directory
+    evidence: dict[str, Any] = field(factory=dict)  #: what plugins add to ``result.json``, by plugin
     resumed: list[dict[str, Any]] = field(factory=list)  #: where the run was continued, and what was changed then
     stop_reason: str | None = None  #: why the run is about to stop at the next safe point
     ended: str | None = None  #: why a plugin ended the run early, in an earlier session
@@ -293,8 +295,12 @@ class Run:
 
         Args:
             values: numbers or scalar tensors by name. A tensor must not be changed in place afterwards.
+
+        Raises:
+            PluginError: a value is something else.
         """
-        self.pending.append({"epoch": self.epoch + 1, "step": self.step, **values})
+        checked = {name: scalar(name, value) for name, value in values.items()}
+        self.pending.append({"epoch": self.epoch + 1, "step": self.step, **checked})
         if len(self.pending) >= FLUSH_EVERY:
             self.flush_log()
 
@@ -368,8 +374,7 @@ class Run:
             CheckpointError: the state is of another model, optimizer, set of plugins or batch size.
         """
         try:
-            with self.hooks.blaming(CheckpointError):
-                self._load(state)
+            self._load(state)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint does not fit the recipe: {str(error).splitlines()[0]}") from error
 
@@ -384,9 +389,10 @@ class Run:
                     values[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
             schedule.scheduler.load_state_dict(saved)
-        for name, saved in state["plugins"].items():
-            if name in self.hooks.plugins:
-                self.hooks.plugins[name].instance.load_state_dict(saved["state"])
+        with self.hooks.blaming(CheckpointError):
+            for name, saved in state["plugins"].items():
+                if name in self.hooks.plugins:
+                    self.hooks.plugins[name].instance.load_state_dict(saved["state"])
         self.epoch, self.step, self.batch_index = position["epoch"], position["step"], position["batch_index"]
         self.history = [dict(row) for row in state["history"]]
         self.metric_info = {name: MetricInfo(*info) for name, info in state["metric_info"].items()}
@@ -450,22 +456,22 @@ def _plain(value: Any, owner: str, key: str) -> Any:
     Raises:
         RunError: a value would make a checkpoint that cannot be loaded.
     """
-    if type(value) in (type(None), bool, int, float, complex, str, bytes, Tensor, nn.Parameter, torch.Size):
+    if type(value) in (type(None), bool, int, float, complex, str, Tensor, nn.Parameter, torch.Size):
         return value
     if isinstance(value, np.generic) and not isinstance(value, np.void):
         return value.item()
     if isinstance(value, Mapping):
         if any(type(k) not in (str, int, float, bool, tuple, type(None)) for k in value):
             raise RunError(f"{owner}: {key or 'it'} has a key that is no text or number; a checkpoint cannot hold it")
-        items = {k: _plain(v, owner, f"{key}.{k}" if key else str(k)) for k, v in value.items()}
+        items = {_plain(k, owner, key): _plain(v, owner, f"{key}.{k}" if key else str(k)) for k, v in value.items()}
         if isinstance(value, OrderedDict):  # a module's state dict carries versions of its layers in `_metadata`
             ordered = OrderedDict(items)
             ordered.__dict__.update(vars(value))
             return ordered
         return items
-    if isinstance(value, list | tuple | set | frozenset):
-        items_ = [_plain(v, owner, f"{key}.{n}" if key else str(n)) for n, v in enumerate(value)]
-        return items_ if isinstance(value, list) else tuple(items_) if isinstance(value, tuple) else type(value)(items_)
+    if isinstance(value, list | tuple | set):
+        elements = [_plain(v, owner, f"{key}.{n}" if key else str(n)) for n, v in enumerate(value)]
+        return elements if isinstance(value, list) else tuple(elements) if isinstance(value, tuple) else set(elements)
     if isinstance(value, torch.dtype | torch.device):
         return value
     kind = f"{type(value).__module__.partition('.')[0]}.{type(value).__name__}"
@@ -477,17 +483,22 @@ def _plain(value: Any, owner: str, key: str) -> Any:
 
 def to_host(records: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Return the records with every scalar tensor as a number, after a single copy from the device."""
-    tensors = [v.detach().double() for record in records for v in record.values() if isinstance(v, Tensor)]
+    checked = [{name: scalar(name, value) for name, value in record.items()} for record in records]
+    tensors = [v.detach().double() for record in checked for v in record.values() if isinstance(v, Tensor)]
     numbers = iter(torch.stack(tensors).tolist() if tensors else ())
-    return [
-        {name: next(numbers) if isinstance(value, Tensor) else _number(name, value) for name, value in record.items()}
-        for record in records
-    ]
+    return [{name: next(numbers) if isinstance(v, Tensor) else v for name, v in record.items()} for record in checked]
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool | int | float | np.number):
-        return value.item() if isinstance(value, np.number) else value
+def scalar(name: str, value: Any) -> Any:
+    """Return a number (one of numpy's as Python's) or a scalar tensor.
+
+    Raises:
+        PluginError: it is neither.
+    """
+    if isinstance(value, np.number):
+        return value.item()
+    if isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0):
+        return value
     raise PluginError(f"expected a number or a scalar tensor as {name!r}, got {describe(value)}")
 
 

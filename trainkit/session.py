@@ -46,6 +46,7 @@ class Result:
         images_per_second: training images over the time of training.
         non_finite: epochs that ended with weights or metrics that are not finite; none of them is ever the best.
         resumed: where the run was continued, and what was changed then.
+        evidence: what plugins add, by plugin.
         path: the run directory, as given; not part of ``result.json``.
     """
 
@@ -61,6 +62,7 @@ class Result:
     images_per_second: float | None
     non_finite: list[float] = attrs.field(factory=list)
     resumed: list[dict[str, Any]] = attrs.field(factory=list)
+    evidence: dict[str, Any] = attrs.field(factory=dict)
     path: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,6 +107,7 @@ def fit(
     run.stop_reason, run.exit_code = None, 0
     with run.dir.exclusive():
         _refuse_overtaken(run, run.dir, new)
+        run.dir.remove_parts()
         try:
             return _fit(run, run.dir, Trainer(run, max_steps=max_steps, eval_batches=eval_batches))
         except TrainkitError:
@@ -401,23 +404,32 @@ def _result(run: Run, error: BaseException | None) -> Result:
         images_per_second=round(run.images / run.seconds["train"], 1) if run.seconds["train"] else None,
         non_finite=run.non_finite,
         resumed=run.resumed,
+        evidence=run.evidence,
         path=run.dir.path if run.dir else None,
     )
 
 
 @contextmanager
 def _signals(run: Run) -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into a stop at the next safe point; the second acts at once."""
+    """Turn SIGINT, SIGTERM and SIGHUP into a stop at the next safe point; a second Ctrl-C acts at once.
+
+    ``timeout`` and ``kill`` of a process group send the same signal twice, so a second SIGTERM changes nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    interrupted = False
+
     def handle(number: int, frame: FrameType | None) -> None:
-        if run.is_stopping():
+        nonlocal interrupted
+        if number == signal.SIGINT and interrupted:
             raise KeyboardInterrupt
+        interrupted = interrupted or number == signal.SIGINT
         run.stop(signal.Signals(number).name, exit_code=128 + number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:

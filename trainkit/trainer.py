@@ -15,7 +15,7 @@ from trainkit.data import Batch
 from trainkit.errors import PluginError
 from trainkit.hooks import Hooks
 from trainkit.rng import torch_seed
-from trainkit.run import Metric, MetricInfo, Run, epoch_order, to_host
+from trainkit.run import Metric, MetricInfo, Run, epoch_order, scalar, to_host
 
 __all__ = ["Fire", "Trainer"]
 
@@ -154,13 +154,11 @@ class Trainer:
                 key = f"{split}_{name}"
                 if key in found:
                     raise PluginError(f"{owners[key]} and {impl.plugin} both report the metric {name!r}")
-                value = metric.value
-                if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.dim() == 0):
-                    raise PluginError(
-                        f"{impl.plugin}, metrics: expected a number or a scalar tensor as {name!r}, got "
-                        f"{type(value).__name__}"
-                    )
-                found[key], owners[key] = metric, impl.plugin
+                try:
+                    value = scalar(name, metric.value)
+                except PluginError as error:
+                    raise PluginError(f"{impl.plugin}, metrics: {error}") from error
+                found[key], owners[key] = metric._replace(value=value), impl.plugin
                 run.metric_info[key] = MetricInfo(metric.better, metric.progress)
         return found
 
@@ -169,10 +167,16 @@ class Trainer:
         run, fire = self.run, self.fire
         run.flush_log()
         complete = run.batch_index == run.batches_per_epoch  # else max_steps cuts it short
-        record = self.record(run.epoch + (1 if complete else run.batch_index / run.batches_per_epoch), metrics)
+        plain = self.record(run.epoch + (1 if complete else run.batch_index / run.batches_per_epoch), metrics)
+        record = dict(plain)
         run.history.append(record)
-        fire.epoch_end(run, record)
-        run.history[-1] = record = to_host([record])[0]  # what a plugin put there is made plain
+        try:
+            fire.epoch_end(run, record)
+            record = self.amended(record)
+        except BaseException:
+            run.history[-1] = plain  # result.json can hold it
+            raise
+        run.history[-1] = record
         self.note_non_finite(record)
         fire.log(run, record)
         if complete:
@@ -189,6 +193,17 @@ class Trainer:
         values = {name: metric.value for name, metric in metrics.items()}
         (record,) = to_host([{"epoch": epoch, "step": run.step, "lr": lr, **values}])
         return record
+
+    def amended(self, record: dict[str, Any]) -> dict[str, float]:
+        """Return a record as plain numbers after plugins amended it.
+
+        Raises:
+            PluginError: one put something else there.
+        """
+        try:
+            return to_host([record])[0]
+        except PluginError as error:
+            raise PluginError(f"{self.run.hooks.named('epoch_end')}: {error}") from error
 
     def note_non_finite(self, record: dict[str, float]) -> None:
         """Note an epoch whose weights, or a metric that says what is better, are not finite: it is never the best."""
