@@ -36,6 +36,7 @@ __all__ = [
     "read_file",
     "read_image",
     "resize_and_crop",
+    "to_tensor",
 ]
 
 #: How the names of image files end, in lower case.
