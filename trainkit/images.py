@@ -339,5 +339,6 @@ def to_tensor(image: Image) -> Tensor:
     """Return an image of 8 bits a channel as uint8 [C, H, W]."""
     import torch
 
-    pixels = np.array(image)  # a copy, which may be written
-    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1).contiguous()
+    pixels = np.asarray(image)
+    channels_first = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
+    return torch.from_numpy(np.array(channels_first, order="C"))  # a copy, which may be written
