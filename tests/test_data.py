@@ -213,3 +213,24 @@ def test_a_pass_outside_of_the_loop_has_the_order_of_the_epoch():
     run = build_run({})
     seen = torch.cat([batch.indices for batch in run.iterate("train")])
     assert torch.equal(seen, epoch_permutation(0, 0, 32))
+
+
+def test_a_given_digest_identifies_a_split_and_its_parts():
+    images, targets = torch.zeros(6, 1, 2, 2, dtype=torch.uint8), torch.arange(6)
+    plain, given_one = TensorSplit(images, targets), TensorSplit(images, targets, digest="of the files")
+    assert given_one.fingerprint() == given_one.to(torch.device("cpu")).fingerprint() == "of the files"
+    assert plain.fingerprint() == TensorSplit(images.clone(), targets).fingerprint() != "of the files"
+
+    class Lazy:
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            return images[index], int(targets[index])
+
+        def fingerprint(self):
+            return "of the files"
+
+    indices = torch.tensor([4, 0, 5])
+    assert subset(given_one, indices).fingerprint() == subset(Lazy(), indices).fingerprint()
+    assert subset(given_one, indices.flip(0)).fingerprint() != subset(given_one, indices).fingerprint()
