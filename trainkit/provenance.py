@@ -107,7 +107,9 @@ def record(run: Run) -> dict[str, Any]:
 def recipe_record(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe with its defaults; the plugins' options stand in the records of the plugins."""
     plain = {name: value for name, value in recipe.to_dict().items() if name != "plugins"}
-    return {**plain, "test_batch_size": recipe.test_batch_size or recipe.batch_size}
+    if plain.get("test_batch_size") == recipe.batch_size:  # the default, written out
+        del plain["test_batch_size"]
+    return plain
 
 
 def plugin_records(plugins: Mapping[str, LoadedPlugin]) -> list[dict[str, Any]]:
@@ -533,19 +535,19 @@ def write(made: Mapping[str, Any], run_dir: RunDir) -> None:
 
 
 def from_files(
-    recipe: Recipe, plugins: Sequence[Mapping[str, Any]], environment: Mapping[str, Any], data: Mapping[str, Any]
+    recipe: Recipe | None, plugins: Sequence[Mapping[str, Any]], environment: Mapping[str, Any], data: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the record that a run directory holds.
 
     Args:
-        recipe: what ``recipe.yaml`` holds, resolved.
+        recipe: what ``recipe.yaml`` holds, resolved; None where it cannot be read.
         plugins: what ``plugins.lock.json`` holds.
         environment: what ``environment.json`` holds.
         data: what ``data.json`` holds.
     """
     rest = {name: value for name, value in environment.items() if name != "declared"}
     return {
-        "recipe": recipe_record(recipe),
+        "recipe": {} if recipe is None else recipe_record(recipe),
         "plugins": plugins,
         "environment": rest,
         "data": data,
