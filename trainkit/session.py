@@ -101,6 +101,8 @@ def fit(
             "elsewhere"
         )
     run.stop_reason, run.exit_code = None, 0
+    if not run.finished:
+        run.tested = {}  # of the weights at an earlier stop; those at the end are tested again
     try:
         with run.dir.exclusive():
             return _fit(run, run.dir, Trainer(run, max_steps=max_steps, eval_batches=eval_batches))
