@@ -241,6 +241,7 @@ class Batches:
             persistent_workers=self.workers > 0,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_leave_signals_to_the_run,
+            generator=torch.Generator(),  # else each pass draws from the global one, to seed its workers
         )
 
     def _decode(self, chunks: list[list[int]], before: Tensor, epoch: int) -> Iterator[Batch]:
