@@ -151,7 +151,9 @@ def test_plugins_list_and_show(capsys):
     assert main(["plugins", "show", "se", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["hooks"] == ["transform_model"]
-    assert {"name": "reduction", "type": "int", "default": "16"} in shown["options"]
+    (reduction,) = [option for option in shown["options"] if option["name"] == "reduction"]
+    assert (reduction["type"], reduction["default"]) == ("int", "16")
+    assert "channels // reduction" in reduction["meaning"]
     assert shown["doc"].splitlines()[0] == listed["se"]["summary"]
     for command in (["plugins", "list"], ["plugins", "show", "se"]):
         assert main(command) == 0

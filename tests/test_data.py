@@ -1,4 +1,6 @@
+import pickle
 import random
+from time import perf_counter, sleep
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainkit.data import Batches, Data, TensorSplit, epoch_permutation
+from trainkit.data import Batches, Data, TensorSplit, class_targets, epoch_permutation, subset
 from trainkit.errors import DataError, RunError
+from trainkit.provenance import fingerprint
+from trainkit.testing import build_run
 
 CPU = torch.device("cpu")
 
@@ -98,8 +102,10 @@ class Failing(Decoded):
     ],
 )
 def test_an_error_of_a_worker_is_told_without_its_traceback(error, said):
+    batches = Batches(Failing(error), 2, CPU, workers=1)
     with pytest.raises(DataError) as caught:
-        list(Batches(Failing(error), 2, CPU, workers=1).iterate())
+        list(batches.iterate())
+    batches.close()
     assert str(caught.value) == said
     assert "Original Traceback" in str(caught.value.__cause__)
 
@@ -235,3 +241,69 @@ def test_tensors_of_the_wrong_form_are_refused(images, targets, said):
 def test_an_empty_split_is_refused():
     with pytest.raises(DataError, match="test split has no images"):
         Data(train=in_memory(2), test=Decoded(0), classes=("a",), shape=(3, 2, 2))
+
+
+class WithTargets(Decoded):
+    """Tells its targets, so that nothing need be decoded for them."""
+
+    def __init__(self, targets):
+        super().__init__(len(targets))
+        self.targets = targets
+
+    def __getitem__(self, index):
+        return torch.zeros(1, 1, 1, dtype=torch.uint8), self.targets[index]
+
+
+@given(st.integers(1, 20), st.data())
+def test_a_subset_of_any_split_is_its_images_in_the_order_of_the_indices(n, data):
+    indices = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=30)))
+    for split in (in_memory(n), Decoded(n)):
+        part = pickle.loads(pickle.dumps(subset(split, indices)))
+        assert [int(part[i][0][0, 0, 0]) for i in range(len(part))] == indices.tolist()
+        assert class_targets(part).tolist() == [i % 10 for i in indices.tolist()]
+
+
+def test_a_subset_is_identified_by_the_whole_split_and_its_indices():
+    splits = [subset(Decoded(n), torch.tensor(i)) for n, i in [(5, [0, 1]), (5, [1, 0]), (6, [0, 1]), (5, [0, 1])]]
+    first, *different, again = map(fingerprint, splits)
+    assert first == again
+    assert first not in different
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_targets_that_a_split_tells_are_taken_without_decoding(kind, monkeypatch):
+    split = WithTargets(kind([2, 0, 1]))
+    monkeypatch.setattr(WithTargets, "__getitem__", lambda split, index: pytest.fail("decoded"))
+    assert class_targets(split).tolist() == [2, 0, 1]
+    assert class_targets(subset(split, torch.tensor([2, 0]))).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("targets", [[0.5, 1.5], [torch.tensor([0, 1]), torch.tensor([1, 1])], torch.zeros(2, 3)])
+def test_targets_that_are_no_classes_are_told_from_classes(targets):
+    assert class_targets(WithTargets(targets)) is None
+
+
+def test_as_many_targets_as_images():
+    split = WithTargets([0, 1])
+    split.targets = [0, 1, 2]
+    with pytest.raises(DataError, match="2 images and 3 targets"):
+        class_targets(split)
+
+
+def test_the_time_of_waiting_for_a_batch_is_the_time_of_decoding():
+    class Slow(Decoded):
+        def __getitem__(self, index):
+            sleep(0.02)
+            return super().__getitem__(index)
+
+    batches, start = Batches(Slow(4), 2, CPU), perf_counter()
+    for _ in batches.iterate():
+        assert start < batches.asked < batches.arrived - 0.04
+        assert batches.arrived <= perf_counter()
+        sleep(0.05)  # of the step, which is not waited for
+
+
+def test_a_pass_outside_of_the_loop_has_the_order_of_the_epoch():
+    run = build_run({})
+    seen = torch.cat([batch.indices for batch in run.iterate("train")])
+    assert torch.equal(seen, epoch_permutation(0, 0, 32))

@@ -48,6 +48,11 @@ def test_pluggys_own_calls_follow_the_recipe_too():
     assert calls == ["b", "a"]
 
 
+def test_the_order_names_who_is_called_in_each_hook():
+    hooks = register(active(b=Named(name="b"), a=Named(name="a")))
+    assert hooks.order() == [("transform_model", "chain", ["b", "a"]), ("fit_start", "notify", ["b", "a"])]
+
+
 def test_a_chain_passes_each_result_on():
     hooks = register(active(b=Named(name="b"), a=Named(name="a")))
     assert hooks.chain("transform_model", tuple)(None, ()) == ("b", "a")

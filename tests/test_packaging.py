@@ -92,7 +92,10 @@ def test_it_declares_what_it_imports_and_nothing_else(plugin, contents):
 
 def test_requirements_install_every_plugin():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    assert [line for line in lines if line.startswith("-e")] == ["-e .", *(f"-e ./plugins/{name}" for name in PLUGINS)]
+    assert [line for line in lines if line.startswith("-e")] == [
+        "-e .[test]",
+        *(f"-e ./plugins/{name}" for name in PLUGINS),
+    ]
 
 
 # Run by an environment that holds the core alone. Each wheel is imported, as a zip, by a process of its own, forked

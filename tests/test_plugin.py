@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from trainkit.errors import PluginError, RecipeError
 from trainkit.hookspecs import PHASES
-from trainkit.plugin import declared, option_types, plugin
+from trainkit.options import option_types, type_name
+from trainkit.plugin import declared, plugin
 from trainkit.recipe import from_dict, make_options
 
 
@@ -109,9 +110,12 @@ REFUSED = [
     (list[tuple[int, int]], r"no recipe can give tuple\[int, int\] inside a list"),
     (list[int | tuple[int, int]], "inside a list"),
     (dict[str, tuple[int, int]], "inside a list or dict"),
-    (int | Path, "a union with other types never becomes Path"),
-    (str | Colour | None, "a union with other types never becomes Colour"),
-    (list[Inner | int], "a union inside a list or dict never becomes Inner"),
+    (int | Path, "a union of several types never holds Path"),
+    (str | Colour | None, "never holds Colour"),
+    (str | list[Path], "never holds Path"),
+    (list[dict[str, int | list[Colour]]], "never holds Colour"),
+    (list[Inner | int], "never holds Inner"),
+    (int | list[Inner], "never holds Inner"),
     (Literal[Colour.RED], "value <Colour.RED: 'red'> of its Literal"),
     (Odd, r"in Odd, field 'x': .* set\[int\]"),
     (list[Odd], "in Odd, field 'x'"),
@@ -139,6 +143,20 @@ def test_a_documented_type_reaches_the_plugin(annotation, given, made):
 def test_a_type_that_cannot_be_checked_is_refused_when_the_class_is_made(annotation, said):
     with pytest.raises(PluginError, match=f"class P in {__name__}, field 'value': .*{said}"):
         made_of(annotation)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "said"),
+    [
+        (int, "int"),
+        (list[int | None], "list[int | None]"),
+        (float | None | Literal["a"], "float | None | Literal['a']"),
+        (int | tuple[int | float, ...] | Literal["random"], "int | tuple[int | float, ...] | Literal['random']"),
+        (dict[str, Any], "dict[str, Any]"),
+    ],
+)
+def test_a_type_is_named_as_an_author_writes_it(annotation, said):
+    assert type_name(annotation) == said
 
 
 scalars = st.sampled_from([bool, int, float, str, Literal["a", 2]])

@@ -1,4 +1,4 @@
-"""What the READMEs show works, from their own text; ``python tests/test_readme.py`` writes plugins/README.md."""
+"""What the READMEs show works, from their own text."""
 
 import importlib
 import json
@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,60 +14,13 @@ import pytest
 import torch
 
 from trainkit import cli, load_recipe
-from trainkit.hookspecs import PHASES
 from trainkit.recipe import make_options
 from trainkit.registry import find
 from trainkit.testing import build_run, run_steps
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-LISTING = ROOT / "plugins" / "README.md"
 PROJECTS = sorted(ROOT.glob("plugins/*/pyproject.toml"))
-
-# A plugin is of the first kind here of which it implements a hook; all other hooks only watch.
-KINDS = [
-    ("Data", {"data"}),
-    ("Network", {"model", "transform_model"}),
-    ("Transforms", {"transforms", "transform_batch"}),
-    ("Training", {"loss", "optimizer", "transform_optimizer", "scheduler", "contexts"}),
-    ("Training", {"backward", "gradients_ready", "optimizer_step", "eval_model"}),
-    ("Network", {"wrap_model"}),
-]
-SECTIONS = ("Data", "Transforms", "Network", "Training", "Seeing and keeping", "Commands")
-HEAD = """\
-# First-party plugins
-
-Each is a package of its own, installed and removed alone. `trainkit plugins show NAME` prints a plugin's options and
-hooks; the README in its folder says what they mean. This page is written by `python tests/test_readme.py`.
-"""
-
-
-def listing():
-    """Return the text of plugins/README.md, from what each package declares and what its class implements."""
-    rows = {section: [] for section in SECTIONS}
-    for path in PROJECTS:
-        project = tomllib.loads(path.read_text())["project"]
-        entries = project["entry-points"]
-        if "trainkit.plugins" in entries:
-            section, shown = kind(*entries["trainkit.plugins"].values()), path.parent.name
-        else:
-            section, shown = "Commands", ", ".join(name.replace(".", " ") for name in entries["trainkit.commands"])
-        rows[section].append(f"- [{shown}]({path.parent.name}/README.md): {project['description']}\n")
-    return "\n".join([HEAD, *(f"## {section}\n\n{''.join(lines)}" for section, lines in rows.items())])
-
-
-def kind(entry_point):
-    """Return the kind of the plugin whose class an entry point names."""
-    module, _, name = entry_point.partition(":")
-    cls = getattr(importlib.import_module(module), name)
-    implemented = {
-        hook for phase in PHASES for hook in vars(phase) if hasattr(getattr(cls, hook, None), "trainkit_impl")
-    }
-    return next((kind for kind, hooks in KINDS if hooks & implemented), "Seeing and keeping")
-
-
-def test_the_list_of_plugins_is_up_to_date():
-    assert LISTING.read_text() == listing(), "run `python tests/test_readme.py`"
 
 
 def section(title):
@@ -174,7 +126,3 @@ def test_the_plugin_in_ten_lines_does_what_it_says(ten_lines, monkeypatch):
     for after, before in zip(trained.parameters(), fresh.parameters(), strict=True):
         step = (after - before).detach().abs()  # learning rate 0.1, or nothing where the gradient is 0
         torch.testing.assert_close(step, torch.where(step > 0.01, 0.05, 0.0))
-
-
-if __name__ == "__main__":
-    LISTING.write_text(listing())

@@ -199,7 +199,7 @@ def test_no_metadata_of_another_package_breaks_a_command(site, entry_points, met
         record.check_requirement()
 
 
-@pytest.mark.parametrize("url", ["{", "[]", "{}", '{"url": "https://x", "vcs_info": []}', "\ud800"])
+@pytest.mark.parametrize("url", ["[" * 100_000, "{", "[]", "{}", '{"url": "https://x", "vcs_info": []}', "\ud800"])
 def test_a_damaged_direct_url_is_reported(site, capsys, url):
     info = distribution(site, "acme-zebra", entries="zebra = x:X")
     (info / "direct_url.json").write_bytes(url.encode(errors="surrogatepass"))
@@ -221,6 +221,14 @@ def test_a_damaged_requirement_is_passed_over_and_the_others_count(site, capsys)
     assert "Requires-Dist '!!' of 'acme-zebra'" in capsys.readouterr().err
 
 
+def test_requirements_that_cannot_be_parsed_at_all_are_passed_over(site, capsys):
+    info = distribution(site, "acme-zebra", entries="zebra = x:X").rename(site / "acme_zebra-1.0.egg-info")
+    (info / "METADATA").rename(info / "PKG-INFO")
+    (info / "requires.txt").write_bytes(b"\xff")
+    assert list(find(recipe(zebra=None))) == ["zebra"]
+    assert "what 'acme-zebra' requires cannot be read" in capsys.readouterr().err
+
+
 def test_a_requirement_of_an_extra_does_not_count(site):
     distribution(site, "acme-zebra", entries="zebra = x:X", requires='Requires-Dist: trainkit>=999; extra == "new"\n')
     assert list(find(recipe(zebra=None))) == ["zebra"]
@@ -230,7 +238,7 @@ def test_metadata_without_a_name_are_reported(site, capsys):
     info = distribution(site, "acme-zebra", entries="zebra = x:X")
     (info / "METADATA").write_text("")
     assert "zebra" not in installed()
-    assert "METADATA of the package that offers 'zebra' (x:X)" in capsys.readouterr().err
+    assert "METADATA of the package that offers 'zebra' ('x:X')" in capsys.readouterr().err
 
 
 def test_no_terminal_escape_leaves_the_metadata(site):

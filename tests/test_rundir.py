@@ -71,6 +71,45 @@ def test_a_second_process_is_refused_and_a_dead_one_forgotten(tmp_path):
         pass
 
 
+def test_an_error_under_the_lock_is_not_taken_for_a_held_lock(tmp_path):
+    with pytest.raises(BlockingIOError), RunDir(tmp_path).exclusive():
+        raise BlockingIOError
+    with RunDir(tmp_path).exclusive():
+        pass
+
+
+def test_the_parts_of_a_killed_write_are_removed_and_nothing_else(tmp_path):
+    kill = (
+        "import os, signal, sys; from pathlib import Path; from trainkit.rundir import RunDir\n"
+        "os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "RunDir(Path(sys.argv[1])).write('checkpoints/last.pt', b'x')"
+    )
+    subprocess.run([sys.executable, "-c", kill, str(tmp_path)], check=False)
+    (part,) = (tmp_path / "checkpoints").iterdir()
+    assert part.name.endswith(".part")
+    for name in ("a.part", ".hidden"):
+        (tmp_path / name).touch()
+    with RunDir(tmp_path).exclusive():
+        RunDir(tmp_path).remove_parts()
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [".hidden", "a.part", "checkpoints"]
+
+
+@pytest.mark.parametrize(("names", "latest", "said"), [(["last", "previous"], 2, ""), (["previous"], 1, "previous.pt")])
+def test_the_latest_state_is_that_of_the_last_whole_checkpoint(tmp_path, names, latest, said):
+    run_dir = RunDir(tmp_path)
+    for name in names:
+        run_dir.write(f"checkpoints/{name}.pt", pack_state({"step": {"last": 2, "previous": 1}[name]}))
+    state, notice = run_dir.load_latest()
+    assert state == {"step": latest}
+    assert notice.endswith(said)
+    assert bool(notice) == bool(said)
+
+
+def test_without_any_whole_checkpoint_the_last_one_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"last\.pt: no checkpoint"):
+        RunDir(tmp_path).load_latest()
+
+
 @pytest.fixture
 def saved(tmp_path):
     shared = torch.arange(1000.0)

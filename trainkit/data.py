@@ -16,18 +16,31 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from hashlib import blake2b
+from time import perf_counter
 from typing import Any, Protocol, runtime_checkable
 
 import attrs
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trainkit.errors import DataError, RunError
 from trainkit.rng import stream, torch_seed
 
-__all__ = ["Batch", "Batches", "Data", "Split", "TensorSplit", "describe", "epoch_permutation"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "Data",
+    "Split",
+    "Subset",
+    "TensorSplit",
+    "class_targets",
+    "describe",
+    "epoch_permutation",
+    "subset",
+]
 
 
 @runtime_checkable
@@ -86,6 +99,66 @@ class TensorSplit:
         for tensor in (self.images, self.targets):
             digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
         return digest.hexdigest()
+
+
+@attrs.frozen(eq=False)
+class Subset:
+    """Some images of a split that is not a :class:`TensorSplit`, decoded when they are asked for.
+
+    Args:
+        split: the whole split.
+        indices: int64 [n], which of its images, in which order.
+    """
+
+    split: Split
+    indices: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        return self.split[int(self.indices[index])]
+
+    @property
+    def targets(self) -> list[Any]:
+        """The targets of these images; the subset has them only where the whole split does."""
+        targets = self.split.targets  # type: ignore[attr-defined]
+        return [targets[index] for index in self.indices.tolist()]
+
+    def fingerprint(self) -> str:
+        """Return a digest of the whole split's fingerprint and the indices."""
+        from trainkit.provenance import fingerprint
+
+        digest = blake2b(fingerprint(self.split).encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(self.indices).data)
+        return digest.hexdigest()
+
+
+def subset(split: Split, indices: Tensor) -> Split:
+    """Return the split of these images of a split, in this order; `indices` is int64 [n]."""
+    if isinstance(split, TensorSplit):
+        return split.subset(indices)
+    return Subset(split, indices.cpu().numpy())
+
+
+def class_targets(split: Split) -> Tensor | None:
+    """Return the class of each image of a split, int64 [N] on the CPU, or None where its targets are no classes.
+
+    A split that has an attribute ``targets``, the target of each image in order, is asked for that. Of any other split
+    every image is decoded.
+
+    Raises:
+        DataError: there are not as many ``targets`` as images.
+    """
+    known = getattr(split, "targets", None)
+    if known is not None and len(known) != len(split):
+        raise DataError(f"{type(split).__name__}: {len(split)} images and {len(known)} targets; mend its `targets`")
+    if not is_class(split[0][1] if known is None else known[0]):
+        return None
+    if isinstance(known, Tensor):
+        return known.cpu()
+    targets = known if known is not None else (split[index][1] for index in range(len(split)))
+    return torch.tensor([int(target) for target in targets])
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -172,6 +245,9 @@ def epoch_permutation(seed: int, epoch: int, n: int) -> Tensor:
 class Batches:
     """The batches of one split, in any order, from any position.
 
+    ``asked`` and ``arrived`` tell when the last batch was asked for and when it was there, in seconds of
+    ``time.perf_counter``: the time between them is what was spent waiting for data.
+
     Args:
         split: the split; a TensorSplit is moved to the device once.
         batch_size: images a batch; the last batch holds what is left.
@@ -197,6 +273,7 @@ class Batches:
         self.batch_size = batch_size
         self.device = device
         self.drop_last = drop_last
+        self.asked = self.arrived = 0.0
         self.workers = workers
         self.name = name
         self.seed = seed
@@ -225,13 +302,20 @@ class Batches:
         stop = self.count(len(order)) * self.batch_size
         first = start * self.batch_size
         if isinstance(self.split, TensorSplit):
-            order = order.to(self.device)
-            for i in range(first, stop, self.batch_size):
-                indices = order[i : i + self.batch_size]
-                yield Batch(self.split.images[indices], self.split.targets[indices], indices)
+            batches = self._index(self.split, order.to(self.device), range(first, stop, self.batch_size))
         else:
             chunks = [order[i : i + self.batch_size].tolist() for i in range(first, stop, self.batch_size)]
-            yield from self._decode(chunks, order[:first], epoch)
+            batches = self._decode(chunks, order[:first], epoch)
+        self.asked = perf_counter()
+        for batch in batches:
+            self.arrived = perf_counter()
+            yield batch
+            self.asked = perf_counter()
+
+    def _index(self, split: TensorSplit, order: Tensor, places: range) -> Iterator[Batch]:
+        for place in places:
+            indices = order[place : place + self.batch_size]
+            yield Batch(split.images[indices], split.targets[indices], indices)
 
     def _new_loader(self) -> DataLoader[Any]:
         return DataLoader(
@@ -260,8 +344,11 @@ class Batches:
             batches.append(draws)
         try:
             loader.batch_sampler.batches = batches  # type: ignore[union-attr]
-            passing = iter(loader)
-            if self.workers and threading.current_thread() is threading.main_thread():
+            passing: Any = iter(loader)
+            for worker in getattr(passing, "_workers", ()):  # they ignore SIGTERM, which terminate() sends
+                worker._popen.terminate = worker._popen.kill
+            in_main_thread = threading.current_thread() is threading.main_thread()
+            if self.workers and in_main_thread and hasattr(signal, "SIGCHLD"):  # Windows has none
                 # torch's handler raises wherever Python happens to be; a dead worker is found at its next batch anyway
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for images, targets, indices in passing:
@@ -306,9 +393,13 @@ def _from_worker(text: str) -> DataError | None:
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; a worker that died of it would fail a run that is about to save."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Ignore the signals that stop a run: they reach the whole process group, and the run still needs its workers.
+
+    A run that saves and ends tells its workers to end; those of a run that died notice it by themselves.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _Decoded(Dataset[tuple[Tensor, Any, int]]):

@@ -95,11 +95,12 @@ class Build:
         """Choose the training images of an epoch and their order: samplers, repeated augmentation.
 
         Called once at build for the number of images, and at the start of each epoch (again on a resume inside one).
-        Draw random numbers from ``run.rng`` alone, so that the same epoch has the same order whenever it is asked for.
-        The default is a permutation of all training images.
+        Draw random numbers from ``run.rng`` alone, so that an epoch has the same order whenever it is asked for: here
+        it is the stream of the epoch's start, wherever in the epoch a run resumes. The default is a permutation of all
+        training images.
 
         Args:
-            run: the run; ``run.data`` exists, ``run.epoch`` counts from 0.
+            run: the run; ``run.data`` exists, ``run.epoch`` counts from 0, ``run.batch_index`` is 0.
 
         Returns:
             int64 [n], indices into the training split; an index may repeat. Every epoch has the same n.

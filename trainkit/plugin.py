@@ -5,39 +5,29 @@ Nothing here imports torch: a plugin decides for itself what it needs.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
-from enum import Enum
 from fnmatch import fnmatchcase
-from pathlib import Path
-from types import NoneType, SimpleNamespace, UnionType
 from typing import (
     TYPE_CHECKING,
-    Annotated,
     Any,
-    Literal,
     TypeVar,
-    Union,
     dataclass_transform,
-    get_args,
-    get_origin,
-    get_type_hints,
 )
 
 import attrs
 import pluggy
 from attrs.exceptions import UnannotatedAttributeError
 
-from trainkit.errors import PluginError, RecipeError
+from trainkit.errors import RecipeError
 from trainkit.hookspecs import PHASES
+from trainkit.options import annotation_of, objection_to, wrong
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["declared", "hookimpl", "matching_modules", "option_types", "plugin"]
+__all__ = ["declared", "hookimpl", "matching_modules", "plugin", "recipe_file"]
 
 C = TypeVar("C", bound=type)
 
@@ -62,9 +52,8 @@ def plugin(cls: C) -> C:
     * ``list[T]`` and ``dict[str, T]``, of any of these but tuples; bare ``list`` and ``dict`` take all elements;
     * ``tuple[T, ...]`` and ``tuple[T, U]``: a recipe's list becomes a tuple. Its elements are neither lists, dicts,
       tuples nor classes;
-    * ``T | None`` and other unions. A union converts no scalar: neither ``Path`` nor ``Enum`` stands in it beside other
-      types, and ``float | Literal["auto"]`` refuses ``1``, so write ``int | float`` there. Inside a list or dict it
-      holds no class;
+    * ``T | None``, and unions of several types, which convert no element: there is no ``Path`` and no ``Enum`` in them,
+      no class in their lists and dicts, and ``float | Literal["auto"]`` refuses ``1`` (write ``int | float | ...``);
     * an attrs class or a dataclass whose own fields have these types: a recipe's mapping becomes an instance of it.
 
     Optional class attributes (annotate them with ``ClassVar``):
@@ -72,6 +61,9 @@ def plugin(cls: C) -> C:
     * ``after``, ``before``: names of plugins that it must follow or precede in a recipe;
     * ``conflicts``: names of plugins that it cannot run beside;
     * ``claims``: exclusive slots, such as ``"lr_schedule"``, that no second plugin may claim;
+    * ``observer = True``: it only watches. Leaving it out changes no bit of weights and metrics, so it may be dropped
+      or added when a run is resumed;
+    * ``without_effect``: options that cannot change a bit of a result, such as where the data lie;
     * ``hookspecs``: classes of :func:`trainkit.hookspec` methods that it offers to other plugins.
 
     Raises:
@@ -84,11 +76,23 @@ def plugin(cls: C) -> C:
         made_by_field = type(attrs.field())
         fields = [name for name, value in vars(cls).items() if isinstance(value, made_by_field)]
         untyped = [name for name in fields if name not in annotated]
-        raise _wrong(cls, untyped[0], f"it has no type; write `{untyped[0]}: int = field(...)`") from error
+        raise wrong(cls, untyped[0], f"it has no type; write `{untyped[0]}: int = field(...)`") from error
     _check_fields(made)
     _check_declarations(made)
     _check_state(made)
     return made
+
+
+def recipe_file(**options: Any) -> Any:
+    """Return an option of type ``Path`` that names a file beside the recipe, such as a published curve or weights.
+
+    A relative path is relative to the recipe's own file, and the run directory keeps a copy of the file, so that it can
+    be moved. Data sets are no such files: paths to them are relative to the current folder.
+
+    Args:
+        options: ``default``, ``validator`` and others, as for :func:`attrs.field`.
+    """
+    return attrs.field(metadata={"recipe_file": True}, **options)
 
 
 def declared(cls: type, constraint: str) -> tuple[Any, ...]:
@@ -98,62 +102,36 @@ def declared(cls: type, constraint: str) -> tuple[Any, ...]:
     return tuple(getattr(cls, constraint, ()))
 
 
-def option_types(cls: type) -> dict[str, Any]:
-    """Return the type of each option of a class, by the name that a recipe gives it.
-
-    Raises:
-        PluginError: an annotation has no meaning, or omegaconf cannot check it.
-    """
-    types = {}
-    for option in attrs.fields(cls):
-        if not option.init:
-            continue
-        try:
-            annotation = _annotation(cls, option)
-            objection = _objection(annotation)
-        except Exception as error:  # evaluating text may raise anything
-            raise _wrong(cls, option.name, f"its annotation {option.type!r} has no meaning: {error}") from error
-        if objection:
-            raise _wrong(cls, option.name, objection)
-        types[option.alias or option.name] = annotation
-    return types
-
-
-def _wrong(cls: type, name: str, what: str) -> PluginError:
-    return PluginError(f"class {cls.__name__} in {cls.__module__}, field {name!r}: {what}")
-
-
 def _check_fields(cls: type) -> None:
     hooks = {name for phase in PHASES for name in vars(phase) if not name.startswith("_")}
     for option in attrs.fields(cls):
         name = option.name
         if isinstance(option.default, (list, dict, set)):
             cure = f"field(factory=lambda: {option.default!r})"
-            raise _wrong(cls, name, f"all instances would share its mutable default; write `{name}: ... = {cure}`")
+            raise wrong(cls, name, f"all instances would share its mutable default; write `{name}: ... = {cure}`")
         if not option.init:
             continue
         if name in hooks:
-            raise _wrong(
-                cls, name, f"{name!r} is a hook's name, so the class could not implement it; rename the option"
-            )
+            raise wrong(cls, name, f"{name!r} is a hook's name, so the class could not implement it; rename the option")
         try:
-            objection = _objection(_annotation(cls, option))
+            objection = objection_to(annotation_of(cls, option))
         except Exception:  # it may name what its module defines further down: option_types() comes back to it
             continue
         if objection:
-            raise _wrong(cls, name, objection)
+            raise wrong(cls, name, objection)
 
 
 def _check_declarations(cls: type) -> None:
-    for constraint in ("after", "before", "conflicts", "claims", "hookspecs"):
+    for constraint in ("after", "before", "conflicts", "claims", "without_effect", "hookspecs"):
         if constraint in attrs.fields_dict(cls):
             continue
         given = getattr(cls, constraint, ())
         kind, member = (type, "class") if constraint == "hookspecs" else (str, "name")
         if not isinstance(given, (tuple, list, set, frozenset)) or not all(isinstance(each, kind) for each in given):
-            one = given if isinstance(given, kind) else None
-            example = getattr(one, "__name__", repr(one)) if one is not None else "..."
-            raise _wrong(
+            example = "..."
+            if isinstance(given, kind):
+                example = given.__name__ if isinstance(given, type) else repr(given)
+            raise wrong(
                 cls, constraint, f"expected a tuple with one {member} or more; write `{constraint} = ({example},)`"
             )
 
@@ -161,90 +139,9 @@ def _check_declarations(cls: type) -> None:
 def _check_state(cls: type) -> None:
     for method, other in (("state_dict", "load_state_dict"), ("load_state_dict", "state_dict")):
         if hasattr(cls, method) and not hasattr(cls, other):
-            raise _wrong(
+            raise wrong(
                 cls, method, f"a checkpoint needs both {method} and {other}; add `{other}`, or remove `{method}`"
             )
-
-
-def _annotation(cls: type, option: attrs.Attribute[Any]) -> Any:
-    """Return what the annotation of one field means. Those of other fields may name what only type checkers import."""
-    owner = next((base for base in cls.__mro__ if option.name in inspect.get_annotations(base)), cls)
-    module = sys.modules.get(owner.__module__)
-    names = vars(module) if module else {}
-    alone = SimpleNamespace(__annotations__={option.name: option.type})
-    return get_type_hints(alone, globalns=names, localns=dict(vars(owner)), include_extras=True)[option.name]
-
-
-def _objection(annotation: Any, inside: type | None = None, seen: tuple[type, ...] = ()) -> str:
-    """Return why omegaconf 2.4 cannot check values against a type, or the empty string.
-
-    Args:
-        annotation: the type, resolved.
-        inside: ``list``, ``dict`` or ``tuple`` for the type of its elements.
-        seen: the classes whose fields are being looked at; a class may hold itself.
-    """
-    origin = get_origin(annotation) or annotation
-    arguments = get_args(annotation)
-    is_class = isinstance(annotation, type) and (attrs.has(annotation) or dataclasses.is_dataclass(annotation))
-    if origin is Annotated:
-        return _objection(arguments[0], inside, seen)
-    if origin in (Union, UnionType):
-        return _union_objection(arguments, inside, seen)
-    if inside is tuple and (origin in (list, dict, tuple) or is_class):
-        return (
-            f"the elements of a tuple cannot be checked against {_type_name(annotation)}; use list[...] for the tuple"
-        )
-    if inside in (list, dict) and origin is tuple:
-        return f"no recipe can give {_type_name(annotation)} inside a list or dict; use list[...] for it"
-    if origin is Literal:
-        odd = [value for value in arguments if not isinstance(value, (str, int, float, NoneType)) or _is_enum(value)]
-        return f"no recipe can give the value {odd[0]!r} of its Literal; use text or numbers" if odd else ""
-    if origin is dict and arguments and arguments[0] is not str:
-        return f"the keys of a recipe are text, and not {_type_name(arguments[0])}; use dict[str, ...]"
-    if origin in (list, dict, tuple):
-        for element in arguments:
-            if element is not Ellipsis and (objection := _objection(element, origin, seen)):
-                return objection
-        return ""
-    if is_class:
-        return "" if annotation in seen else _class_objection(annotation, (*seen, annotation))
-    if annotation in (Any, bool, int, float, str, Path) or _is_enum(annotation):
-        return ""
-    return (
-        f"a recipe's value cannot be checked against {_type_name(annotation)}; use bool, int, float, str, Path, Enum, "
-        "Literal, list[T], tuple[T, ...], dict[str, T], a union of them, Any, or an attrs class"
-    )
-
-
-def _union_objection(members: tuple[Any, ...], inside: type | None, seen: tuple[type, ...]) -> str:
-    members = tuple(member for member in members if member is not NoneType)
-    for member in members:
-        if len(members) > 1 and (member is Path or _is_enum(member)):
-            return f"a union with other types never becomes {_type_name(member)}; use str, or Literal, instead of it"
-        if len(members) > 1 and inside and isinstance(member, type) and not get_origin(member) and attrs.has(member):
-            return f"a union inside a list or dict never becomes {_type_name(member)}; use dict[str, Any] instead of it"
-        if objection := _objection(member, inside, seen):
-            return objection
-    return ""
-
-
-def _class_objection(cls: type, seen: tuple[type, ...]) -> str:
-    """Look at all fields of a nested class: omegaconf takes those that are not for its constructor, too."""
-    annotations = get_type_hints(cls, include_extras=True)
-    fields = attrs.fields(cls) if attrs.has(cls) else dataclasses.fields(cls)
-    for each in fields:
-        if objection := _objection(annotations.get(each.name), None, seen):
-            return f"in {cls.__name__}, field {each.name!r}: {objection}"
-    return ""
-
-
-def _is_enum(value: object) -> bool:
-    return isinstance(value, Enum) or (isinstance(value, type) and issubclass(value, Enum))
-
-
-def _type_name(annotation: Any) -> str:
-    plain = isinstance(annotation, type) and not get_args(annotation)
-    return annotation.__name__ if plain else str(annotation).replace("typing.", "")
 
 
 def matching_modules(model: nn.Module, patterns: Iterable[str], key: str) -> dict[str, nn.Module]:

@@ -1,10 +1,11 @@
 """What a number depends on: record it, compare it.
 
-A record is plain data: JSON and checkpoints can hold it. It has four parts, each made by a function of its own::
+A record is plain data: JSON and checkpoints can hold it. It has five parts, each made by a function of its own::
 
     recipe        the resolved recipe
-    plugins       name, version, distribution, source and options of each plugin, in call order
-    environment   interpreter, packages, processor, devices, threads, source revision, data
+    plugins       name, version, distribution, source, code and all options of each plugin, in call order
+    environment   the core's code, interpreter, packages, torch's build, instruction sets, device, threads, variables
+    data          content of each split, classes, shape, preprocessing
     declared      what plugins add through the hook `provenance`: by plugin, by name
 
 :func:`compare` is the only place that knows which differences can change a number.
@@ -12,31 +13,53 @@ A record is plain data: JSON and checkpoints can hold it. It has four parts, eac
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
+import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
+from packaging.requirements import InvalidRequirement, Requirement
 
+from trainkit import __version__
 from trainkit.errors import PluginError
+from trainkit.plugin import declared as declared_by
 
 if TYPE_CHECKING:
-    from trainkit.data import Data, Split
+    import torch
+
+    from trainkit.data import Split
     from trainkit.hooks import Implementation, LoadedPlugin
     from trainkit.recipe import Recipe
     from trainkit.run import Run
     from trainkit.rundir import RunDir
 
-__all__ = ["ABSENT", "LISTED", "Difference", "compare", "fingerprint", "from_files", "record", "write"]
+__all__ = [
+    "ABSENT",
+    "LISTED",
+    "Difference",
+    "compare",
+    "digest",
+    "file_digest",
+    "fingerprint",
+    "from_files",
+    "record",
+    "state_digest",
+    "write",
+]
 
 DIGEST_SIZE = 16
-PACKAGES = ("trainkit", "torch", "torchvision", "numpy", "pluggy", "attrs", "omegaconf", "pillow")
 
 ABSENT = "absent"  #: stands in a difference for a value that a record does not have
 LISTED = "listed"  #: stands in a difference for a plugin that a recipe lists
@@ -45,9 +68,21 @@ LISTED = "listed"  #: stands in a difference for a plugin that a recipe lists
 Effect = Literal["numbers", "length", "none"]
 
 RECIPE_LENGTH = {"epochs", "max_steps"}
-RECIPE_NOTES = {"name", "description", "source", "expect", "requires"}
-PLUGIN_NOTES = {"source"}
-ENVIRONMENT_NOTES = {"python", "platform", "processor", "devices", "revision"}
+RECIPE_NOTES = {"name", "description", "source", "expect", "requires", "device"}  # the device in use is recorded
+PLUGIN_NOTES = {"source", "observer", "without_effect"}
+ENVIRONMENT_NOTES = {"platform", "waiting", "observers_packages", "revision"}
+DATA_NOTES = {"preprocessing"}
+
+#: Variables that change what torch, its libraries or a GPU compute.
+ARITHMETIC = re.compile(
+    r"ATEN_CPU_CAPABILITY|(ONE)?DNN(L)?_(MAX_CPU_ISA|DEFAULT_FPMATH_MODE|CPU_ISA_HINTS)|MKL_\w+|OPENBLAS_\w+"
+    r"|OMP_(NUM_THREADS|DYNAMIC|SCHEDULE)|NVIDIA_TF32_OVERRIDE|TORCH_(ALLOW_TF32\w*|CUDNN\w*|BLAS\w*)|CUBLAS\w*"
+    r"|CUDNN_\w+|CUDA_VISIBLE_DEVICES|PYTORCH_NVFUSER\w*|PYTORCH_MIOPEN\w*"
+)
+#: Variables that change how long threads wait for each other, and no number.
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+#: Packages that only show things to people; neither they nor what they require can change a number.
+FOR_PEOPLE = {"rich", "pytest", "matplotlib"}
 
 
 # ---- record
@@ -61,19 +96,25 @@ def record(run: Run) -> dict[str, Any]:
     """
     with run.hooks.blaming(PluginError):
         return {
-            "recipe": run.recipe.to_dict(),
-            "plugins": plugin_records(run.hooks.plugins, run.recipe),
-            "environment": {**environment(), "device": str(run.device), "data": data_record(run.data)},
+            "recipe": recipe_record(run.recipe),
+            "plugins": plugin_records(run.hooks.plugins),
+            "environment": environment(run.device, run.hooks.plugins),
+            "data": data_record(run),
             "declared": declared(run),
         }
 
 
-def plugin_records(plugins: Mapping[str, LoadedPlugin], recipe: Recipe) -> list[dict[str, Any]]:
+def recipe_record(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe with its defaults; the plugins' options stand in the records of the plugins."""
+    plain = {name: value for name, value in recipe.to_dict().items() if name != "plugins"}
+    return {**plain, "test_batch_size": recipe.test_batch_size or recipe.batch_size}
+
+
+def plugin_records(plugins: Mapping[str, LoadedPlugin]) -> list[dict[str, Any]]:
     """Return what identifies each plugin of a run, in call order.
 
     Args:
         plugins: by name; one without a distribution was made by a test or in a notebook.
-        recipe: gives each plugin's options.
     """
     return [
         {
@@ -81,35 +122,160 @@ def plugin_records(plugins: Mapping[str, LoadedPlugin], recipe: Recipe) -> list[
             "distribution": plugin.installed.distribution if plugin.installed else None,
             "version": plugin.version,
             "source": plugin.installed.source if plugin.installed else None,
-            "options": recipe.plugins.get(name, {}),
+            "code": plugin_code(plugin),
+            "observer": is_observer(plugin),
+            "without_effect": list(declared_by(type(plugin.instance), "without_effect")),
+            "options": options_of(plugin.instance),
         }
         for name, plugin in plugins.items()
     ]
 
 
-def environment() -> dict[str, Any]:
-    """Return what this process and this machine add: the same for every run of the process, but for the threads."""
+def is_observer(plugin: LoadedPlugin) -> bool:
+    """Tell whether a plugin's class says that it only watches: ``observer = True``."""
+    return "observer" not in attrs.fields_dict(type(plugin.instance)) and bool(
+        getattr(type(plugin.instance), "observer", False)
+    )
+
+
+def options_of(instance: Any) -> dict[str, Any]:
+    """Return all options of a plugin as plain data, defaults included; a file beside the recipe by its content."""
+    found = {}
+    for option in attrs.fields(type(instance)):
+        if option.init:
+            value = getattr(instance, option.name)
+            is_file = option.metadata.get("recipe_file") and isinstance(value, Path) and value.is_file()
+            found[option.alias or option.name] = f"{value.name} {file_digest(value)}" if is_file else _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Path):
+        return value.as_posix()
+    if isinstance(value, Enum):
+        return value.name
+    if attrs.has(type(value)):
+        return {name: _plain(getattr(value, name)) for name in attrs.fields_dict(type(value))}
+    return value if isinstance(value, bool | int | float | str | None) else f"<{type(value).__qualname__}>"
+
+
+def plugin_code(plugin: LoadedPlugin) -> str | None:
+    """Return a digest of a plugin's source files; None where there are none, as in a notebook.
+
+    For an installed plugin these are the files of its top-level module or package; for another the module of its class.
+    """
+    name = type(plugin.instance).__module__
+    module = sys.modules.get(name.partition(".")[0] if plugin.installed else name)
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return None
+    path = Path(file)
+    return code_digest(path.parent if path.name == "__init__.py" else path)
+
+
+def code_digest(path: Path, leave_out: tuple[str, ...] = ()) -> str:
+    """Return a digest of a source file, or of the names and contents of a package's files.
+
+    Args:
+        path: a file or a folder.
+        leave_out: folders directly in it that do not count.
+    """
+    if path.is_file():
+        return file_digest(path)
+    digest = blake2b(digest_size=DIGEST_SIZE)
+    for file in sorted(path.rglob("*")):
+        inner = file.relative_to(path)
+        if file.is_file() and file.suffix != ".pyc" and inner.parts[0] not in leave_out:
+            digest.update(f"{inner.as_posix()} {file_digest(file)}\n".encode())
+    return f"blake2b:{digest.hexdigest()}"
+
+
+def environment(device: torch.device, plugins: Mapping[str, LoadedPlugin]) -> dict[str, Any]:
+    """Return what this process and this machine add."""
+    watching = [plugin for plugin in plugins.values() if is_observer(plugin)]
+    others = [plugin for plugin in plugins.values() if not is_observer(plugin)]
+    needed = packages(["trainkit", *_distributions(others)])
     return {
+        "trainkit": {"version": __version__, "code": core_code()},
+        "revision": revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": processor(),
-        "packages": packages(),
+        "instruction_sets": instruction_sets(),
+        "torch_build": torch_build(),
+        "packages": needed,
+        "observers_packages": {
+            name: version for name, version in packages(_distributions(watching)).items() if name not in needed
+        },
+        "variables": {name: value for name, value in sorted(os.environ.items()) if ARITHMETIC.fullmatch(name)},
+        "waiting": {name: os.environ[name] for name in WAITING if name in os.environ},
         "threads": threads(),
-        "devices": devices(),
-        "revision": revision(),
+        "settings": settings(),
+        "device": str(device),
+        "gpu": gpu(device),
     }
 
 
+def _distributions(plugins: Sequence[LoadedPlugin]) -> list[str]:
+    return [plugin.installed.distribution for plugin in plugins if plugin.installed]
+
+
+@cache
+def core_code() -> str:
+    """Return a digest of the core's files; the command line and the helpers for tests compute nothing."""
+    return code_digest(Path(__file__).parent, leave_out=("cli", "testing", "__pycache__"))
+
+
+def packages(roots: Sequence[str]) -> dict[str, str]:
+    """Return the versions of distributions and of all that they require, transitively, by name.
+
+    Args:
+        roots: names of distributions; they are not among the results, because plugins have records of their own.
+    """
+    found: dict[str, str] = {}
+    waiting = list(roots)
+    seen = {_normal(name) for name in (*waiting, *FOR_PEOPLE)}
+    while waiting:
+        for name in _required(waiting.pop()):
+            if _normal(name) not in seen:
+                seen.add(_normal(name))
+                waiting.append(name)
+                found[_normal(name)] = _version(name)
+    return dict(sorted(found.items()))
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 @cache  # installing a package does not change what this process has imported
-def packages() -> dict[str, str]:
-    """Return the versions of the packages that compute."""
-    versions = {}
-    for name in PACKAGES:
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@cache
+def _required(name: str) -> tuple[str, ...]:
+    """Return the distributions that one requires on this machine, without its extras."""
+    try:
+        texts = importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+    names = []
+    for text in texts:
         try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+            requirement = Requirement(text)
+        except InvalidRequirement:  # another package's damaged metadata
+            continue
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            names.append(requirement.name)
+    return tuple(names)
 
 
 @cache
@@ -122,6 +288,60 @@ def processor() -> str:
     return platform.processor()
 
 
+@cache
+def instruction_sets() -> dict[str, str]:
+    """Return the instruction sets that torch and oneDNN really use: those of the CPU, unless a variable caps them.
+
+    oneDNN tells its own only on the standard output, in the first line that it prints of a process, so a tiny
+    convolution is computed with that stream turned aside.
+    """
+    import torch
+
+    found = {"torch": torch.backends.cpu.get_cpu_capability()}
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return found
+    said = _said_by_onednn()
+    if isa := re.search(r"info,cpu,isa:(.*)", said):
+        found["onednn"] = isa[1].strip()
+    if kernel := re.search(r",convolution,([^,]+),", said):
+        found["onednn_convolution"] = kernel[1]
+    return found
+
+
+def _said_by_onednn() -> str:
+    import torch
+
+    try:
+        flush = ctypes.CDLL(None).fflush  # C has a buffer of its own
+        sys.stdout.flush()
+        kept = os.dup(1)
+    except (OSError, ValueError, TypeError, AttributeError):  # Windows, or no standard output
+        return ""
+    with tempfile.TemporaryFile() as aside:
+        flush(None)
+        os.dup2(aside.fileno(), 1)
+        try:
+            verbose = torch.backends.mkldnn.verbose
+            with torch.no_grad(), verbose(torch.backends.mkldnn.VERBOSE_ON):  # type: ignore[no-untyped-call]
+                torch.nn.functional.conv2d(torch.zeros(8, 16, 32, 32), torch.zeros(16, 16, 3, 3))
+            flush(None)
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+        aside.seek(0)
+        return aside.read().decode(errors="replace")
+
+
+@cache
+def torch_build() -> str:
+    """Return a digest of how torch was built, compilers and libraries included, and its version."""
+    import torch
+
+    # The instruction set in use is another part of the record.
+    text = re.sub(r"CPU capability usage.*", "", torch.__config__.show())
+    return f"{torch.__version__} blake2b:{blake2b(text.encode(), digest_size=DIGEST_SIZE).hexdigest()}"
+
+
 def threads() -> int:
     """Return the number of threads that torch computes with; sums over parts depend on it."""
     import torch
@@ -129,26 +349,86 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def devices() -> list[str]:
-    """Return the names of the GPUs."""
+def settings() -> dict[str, Any]:
+    """Return torch's global settings that change what it computes."""
     import torch
 
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "default_dtype": str(torch.get_default_dtype()),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "flush_denormal": float(torch.tensor(1e-39) * 0.5) == 0.0,
+    }
 
 
+def gpu(device: torch.device) -> dict[str, Any]:
+    """Return model, compute capability and libraries of a GPU; nothing for other devices."""
+    import torch
+
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "model": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda or torch.version.hip,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "driver": _driver(),
+    }
+
+
+@cache
+def _driver() -> str | None:
+    path = Path("/proc/driver/nvidia/version")
+    if path.is_file():
+        found = re.search(r"Kernel Module.*?(\d+\.\d+(\.\d+)?)", path.read_text())
+        return found[1] if found else None
+    return None
+
+
+@cache
 def revision() -> str | None:
-    """Return the current directory's git revision, marked when files differ from it; None outside of a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Return the git revision of trainkit's own sources, marked when files differ from it; None for a wheel.
+
+    git runs in the checkout that trainkit itself was loaded from, and never in the current folder, whose settings could
+    make it run programs.
+    """
+    checkout = Path(__file__).resolve().parents[1]
+    git = shutil.which("git")
+    if git is None or not ((checkout / ".git").exists() and (checkout / "pyproject.toml").is_file()):
+        return None
+    command = [git, "-c", "core.fsmonitor=false", "-C", str(checkout), "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(
+            [*command, "--abbrev=40", "--exclude=*"],
+            cwd=checkout,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def data_record(data: Data) -> dict[str, Any]:
-    """Return what identifies the images and targets of each split."""
-    return {name: {"images": len(split), "fingerprint": fingerprint(split)} for name, split in data.splits.items()}
+def data_record(run: Run) -> dict[str, Any]:
+    """Return what identifies the images, targets and classes, and what is done to the images of each split."""
+    splits = {name: {"images": len(split), "content": fingerprint(split)} for name, split in run.data.splits.items()}
+    transforms = run.hooks.plugins
+    preprocessing = {}
+    for name, pipeline in run.transforms.items():
+        names = dict.fromkeys(purpose.partition("/")[0] for purpose, _ in pipeline.steps)
+        preprocessing[name] = {plugin: options_of(transforms[plugin].instance) for plugin in names}
+    return {
+        "splits": splits,
+        "classes": list(run.data.classes),
+        "shape": list(run.data.shape),
+        "preprocessing": preprocessing,
+    }
 
 
 def fingerprint(split: Split) -> str:
@@ -191,17 +471,69 @@ def file_digest(path: Path) -> str:
     return f"blake2b:{digest.hexdigest()}"
 
 
+# ---- digests
+
+
+def state_digest(state: Mapping[str, Any]) -> str:
+    """Return a digest of what a run's further numbers depend on: of a state that ``Run.state_dict`` returned.
+
+    These are weights, optimizer, schedules, position, the metrics so far and the states of plugins, but for observers.
+    Time, paths, records and observers have no part in it: whoever replays the run gets the same digest.
+
+    Args:
+        state: a state, from a run or from a checkpoint.
+    """
+    watching = {plugin["name"] for plugin in state["provenance"].get("plugins", []) if plugin.get("observer")}
+    material = {name: state[name] for name in ("model", "optimizer", "schedules", "position", "history", "non_finite")}
+    material["plugins"] = {name: saved["state"] for name, saved in state["plugins"].items() if name not in watching}
+    return digest(material)
+
+
+def digest(value: Any) -> str:
+    """Return a digest of nested plain values and tensors; equal ones have equal digests, on whatever device."""
+    made = blake2b(digest_size=DIGEST_SIZE)
+    _feed(made, value)
+    return made.hexdigest()
+
+
+def _feed(made: Any, value: Any) -> None:
+    """Feed a value to a hash, each part behind its type and length, so that no two values give the same bytes."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach().cpu().contiguous()
+        made.update(f"tensor {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        if tensor.numel():
+            made.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping):
+        made.update(f"mapping {len(value)} ".encode())
+        for key in sorted(value, key=repr):
+            _feed(made, key)
+            _feed(made, value[key])
+    elif isinstance(value, list | tuple):
+        made.update(f"sequence {len(value)} ".encode())
+        for inner in value:
+            _feed(made, inner)
+    else:
+        text = repr(value).encode()
+        made.update(f"{type(value).__name__} {len(text)} ".encode() + text)
+
+
 # ---- keep
 
 
 def write(made: Mapping[str, Any], run_dir: RunDir) -> None:
-    """Write a record to ``plugins.lock.json`` and ``environment.json``; the recipe has a file of its own."""
-    run_dir.write_json("plugins.lock.json", made["plugins"])
-    run_dir.write_json("environment.json", {**made["environment"], "declared": made["declared"]})
+    """Write a record to ``plugins.lock.json``, ``environment.json`` and ``data.json``.
+
+    The recipe has a file of its own. What an earlier session wrote is never overwritten (:meth:`RunDir.add_json`).
+    """
+    run_dir.add_json("plugins.lock.json", made["plugins"])
+    run_dir.add_json("environment.json", {**made["environment"], "declared": made["declared"]})
+    run_dir.add_json("data.json", made["data"])
 
 
 def from_files(
-    recipe: Mapping[str, Any], plugins: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]
+    recipe: Recipe, plugins: Sequence[Mapping[str, Any]], environment: Mapping[str, Any], data: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the record that a run directory holds.
 
@@ -209,12 +541,14 @@ def from_files(
         recipe: what ``recipe.yaml`` holds, resolved.
         plugins: what ``plugins.lock.json`` holds.
         environment: what ``environment.json`` holds.
+        data: what ``data.json`` holds.
     """
     rest = {name: value for name, value in environment.items() if name != "declared"}
     return {
-        "recipe": recipe,
+        "recipe": recipe_record(recipe),
         "plugins": plugins,
         "environment": rest,
+        "data": data,
         "declared": environment.get("declared", {}),
     }
 
@@ -254,13 +588,19 @@ def compare(*records: Mapping[str, Any]) -> list[Difference]:
     recipes = [made.get("recipe", {}) for made in records]
     plugins = [made.get("plugins", []) for made in records]
     environments = [made.get("environment", {}) for made in records]
+    data = [made.get("data", {}) for made in records]
     declarations = [made.get("declared", {}) for made in records]
-    return [
+    watching = {
+        plugin["name"] for listed in plugins for plugin in listed if plugin.get("observer")
+    }  # neither these, nor what they declare, can change a number
+    found = [
         *_compare_recipes(recipes),
         *_compare_plugins(plugins),
-        *_compare_environments(environments),
-        *(Difference(f"declared.{key}", values) for key, values in _differing(declarations)),
+        *_compare_parts("environment", environments, ENVIRONMENT_NOTES),
+        *_compare_parts("data", data, DATA_NOTES),
+        *_compare_parts("declared", declarations, watching),
     ]
+    return [difference for difference in found if difference.key != "environment.trainkit.version"]
 
 
 def _compare_recipes(recipes: Sequence[Mapping[str, Any]]) -> Iterator[Difference]:
@@ -275,32 +615,45 @@ def _compare_plugins(lists: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[D
     """Compare plugin by plugin. The options of a plugin that only one record lists are no differences of their own."""
     by_name = [{plugin["name"]: plugin for plugin in plugins} for plugins in lists]
     names = dict.fromkeys(name for plugins in by_name for name in plugins)
+    material = []
     for name in names:
         listing = [plugins[name] for plugins in by_name if name in plugins]
+        observes = all(plugin.get("observer", False) for plugin in listing)
+        if not observes:
+            material.append(name)
         if len(listing) < len(by_name):
-            yield Difference(f"plugins.{name}", tuple(LISTED if name in plugins else ABSENT for plugins in by_name))
+            values = tuple(LISTED if name in plugins else ABSENT for plugins in by_name)
+            yield Difference(f"plugins.{name}", values, "none" if observes else "numbers")
         if len(listing) > 1:
             for difference in _compare_plugin(name, listing):
-                values = iter(difference.values)
-                spread = tuple(next(values) if name in plugins else ABSENT for plugins in by_name)
-                yield attrs.evolve(difference, values=spread)
-    orders = [", ".join(name for name in plugins if all(name in other for other in by_name)) for plugins in by_name]
+                inner = iter(difference.values)
+                spread = tuple(next(inner) if name in plugins else ABSENT for plugins in by_name)
+                effect = "none" if observes else difference.effect
+                yield attrs.evolve(difference, values=spread, effect=effect)
+    in_all = [name for name in material if all(name in plugins for plugins in by_name)]
+    orders = [", ".join(name for name in plugins if name in in_all) for plugins in by_name]
     if _differ(orders):
         yield Difference("order of plugins", tuple(orders))
 
 
 def _compare_plugin(name: str, listing: Sequence[Mapping[str, Any]]) -> Iterator[Difference]:
+    """Compare the records of one plugin. The same code under another version number computes the same."""
     facts = [{fact: value for fact, value in plugin.items() if fact != "options"} for plugin in listing]
+    code = [plugin.get("code") for plugin in listing]
+    same_code = code[0] is not None and not _differ(code)
     for fact, values in _differing(facts):
-        yield Difference(f"plugins.{name} {fact}", values, "none" if fact in PLUGIN_NOTES else "numbers")
+        note = fact.partition(".")[0] in PLUGIN_NOTES or (same_code and fact in ("version", "distribution"))
+        yield Difference(f"plugins.{name} {fact}", values, "none" if note else "numbers")
+    without_effect = {option for plugin in listing for option in plugin.get("without_effect", ())}
     for option, values in _differing([plugin.get("options", {}) for plugin in listing]):
-        yield Difference(f"plugins.{name}.{option}", values)
+        note = option.partition(".")[0] in without_effect
+        yield Difference(f"plugins.{name}.{option}", values, "none" if note else "numbers")
 
 
-def _compare_environments(environments: Sequence[Mapping[str, Any]]) -> Iterator[Difference]:
-    for key, values in _differing(environments):
-        note = key.partition(".")[0] in ENVIRONMENT_NOTES
-        yield Difference(f"environment.{key}", values, "none" if note else "numbers")
+def _compare_parts(prefix: str, parts: Sequence[Mapping[str, Any]], notes: set[str]) -> Iterator[Difference]:
+    for key, values in _differing(parts):
+        note = key.partition(".")[0] in notes
+        yield Difference(f"{prefix}.{key}", values, "none" if note else "numbers")
 
 
 def _differing(trees: Sequence[Any], key: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:

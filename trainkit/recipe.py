@@ -20,7 +20,8 @@ from omegaconf import OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 from trainkit.errors import PluginError, RecipeError, did_you_mean
-from trainkit.plugin import declared, option_types
+from trainkit.options import option_types, type_name
+from trainkit.plugin import declared
 from trainkit.registry import base_name, installed
 
 __all__ = ["Recipe", "load_recipe", "make_options"]
@@ -177,7 +178,17 @@ def make_options(recipe: Recipe, name: str, cls: type) -> Any:
         PluginError: the type of an option has no meaning, or cannot be checked.
     """
     prefix = f"plugins.{name}."
-    return _construct(recipe.where, prefix, cls, _checked(recipe.where, prefix, cls, recipe.plugins[name]))
+    values = _checked(recipe.where, prefix, cls, recipe.plugins[name])
+    for option in recipe_files(cls):
+        given = values.get(option)
+        if recipe.path is not None and given is not None and not given.is_absolute():
+            values[option] = recipe.path.parent / given
+    return _construct(recipe.where, prefix, cls, values)
+
+
+def recipe_files(cls: type) -> list[str]:
+    """Return the options of a class that name files beside the recipe (:func:`trainkit.plugin.recipe_file`)."""
+    return [option.alias or option.name for option in attrs.fields(cls) if option.metadata.get("recipe_file")]
 
 
 def _checked(where: str, prefix: str, cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,8 +222,7 @@ def _convert(place: str, annotation: Any, value: Any) -> Any:
         message = _first_line(error).replace("'$VALUE'", repr(value)).replace("$VALUE_TYPE", type(value).__name__)
         raise RecipeError(f"{place}{inner}: {message}") from error
     if not _fits(converted, annotation):
-        expected = str(annotation).replace("typing.", "")
-        raise RecipeError(f"{place}: expected {expected}, got {value!r}")
+        raise RecipeError(f"{place}: expected {type_name(annotation)}, got {value!r}")
     return converted
 
 

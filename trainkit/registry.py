@@ -91,7 +91,7 @@ class Installed:
         try:
             text = dist.read_text("direct_url.json")
             return _origin(json.loads(text)) if text else "wheel"
-        except (ValueError, TypeError, AttributeError, KeyError):  # no JSON, or JSON of another shape
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):  # no JSON, or JSON of another shape
             _report(f"direct_url.json of {self.distribution!r}", self.distribution)
             return "unknown"
 
@@ -121,7 +121,7 @@ def installed(group: str = PLUGINS) -> dict[str, list[Installed]]:
         except Exception:  # parsing a damaged file may raise anything
             name, version, summary = None, None, ""
         if not name or not version:
-            _report(f"METADATA of the package that offers {entry.name!r} ({entry.value})", "it")
+            _report(f"METADATA of the package that offers {entry.name!r} ({entry.value!r})", "it")
             continue
         record = Installed(_plain(entry.name), _plain(name), _plain(version), _plain(summary), entry.value, entry)
         if record not in found[record.name]:  # a checkout on sys.path can show one distribution twice
@@ -131,16 +131,21 @@ def installed(group: str = PLUGINS) -> dict[str, list[Installed]]:
 
 def requirements(dist: importlib.metadata.Distribution) -> list[Requirement]:
     """Return what a distribution requires here, without its extras; a requirement that cannot be parsed is reported."""
-    from packaging.markers import UndefinedEnvironmentName
+    from packaging.markers import UndefinedComparison, UndefinedEnvironmentName
     from packaging.requirements import InvalidRequirement, Requirement
 
+    try:
+        texts = dist.requires or []
+    except Exception:  # parsing a damaged file may raise anything
+        _report(f"what {dist.name!r} requires", dist.name)
+        return []
     found = []
-    for text in dist.requires or []:
+    for text in texts:
         try:
             needed = Requirement(text)
             if needed.marker is None or needed.marker.evaluate({"extra": ""}):
                 found.append(needed)
-        except (InvalidRequirement, UndefinedEnvironmentName):
+        except (InvalidRequirement, UndefinedComparison, UndefinedEnvironmentName):
             _report(f"Requires-Dist {text!r} of {dist.name!r}", dist.name)
     return found
 

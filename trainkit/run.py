@@ -121,9 +121,12 @@ class Run:
     tested: dict[str, float] = field(factory=dict)  #: the test split's metrics on the selected weights, at the end
     seconds: dict[str, float] = field(factory=lambda: {"train": 0.0, "evaluation": 0.0, "total": 0.0})  #: wall time
     provenance: dict[str, Any] = field(factory=dict)  #: plugins, environment and data, as in the run directory
+    evidence: dict[str, Any] = field(factory=dict)  #: what plugins add to ``result.json``, by plugin
     resumed: list[dict[str, Any]] = field(factory=list)  #: where the run was continued, and what was changed then
     stop_reason: str | None = None  #: why the run is about to stop at the next safe point
+    ended: str | None = None  #: why a plugin ended the run early, in an earlier session
     exit_code: int = 0  #: of the command that trains, when the run was asked to stop
+    reopened: bool = False  #: whether a checkpoint was loaded to continue the run, and it has not gone on yet
     failed: bool = False  #: whether a session failed, so that the parts may lie between two safe points
     pending: list[dict[str, Any]] = field(factory=list)  #: records not yet copied to the host
     _console: Console | None = field(default=None, alias="console")
@@ -184,8 +187,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs, or the recipe's ``max_steps``, are done and recorded."""
-        return self.epoch >= self.recipe.epochs or (self.at_max_steps and self.epoch_ended)
+        """Whether all epochs, or the recipe's ``max_steps``, are done and recorded, or a plugin ended the run early."""
+        done = self.epoch >= self.recipe.epochs or (self.at_max_steps and self.epoch_ended)
+        return done or self.ended is not None
 
     def is_stopping(self) -> bool:
         """Tell whether the run was asked to stop."""
@@ -208,7 +212,8 @@ class Run:
 
         Args:
             reason: for people, and for ``result.json``.
-            exit_code: of the command; other than 0 where the run should be continued: 143 is what a SIGTERM gives.
+            exit_code: of the command. 0 ends the run for good, which is part of its state; another one leaves it to be
+                continued: 143 is what a SIGTERM gives.
         """
         if self.stop_reason is None:
             self.stop_reason, self.exit_code = reason, exit_code
@@ -355,6 +360,7 @@ class Run:
             "metric_info": {name: tuple(info) for name, info in self.metric_info.items()},
             "non_finite": self.non_finite,
             "tested": self.tested,
+            "ended": self.stop_reason if self.is_stopping() and self.exit_code == 0 else self.ended,
             "random": torch.get_rng_state(),
             "cost": {"images": self.images, "seconds": dict(self.seconds)},
             "provenance": self.provenance,
@@ -392,6 +398,7 @@ class Run:
         self.metric_info = {name: MetricInfo(*info) for name, info in state["metric_info"].items()}
         self.non_finite = list(state["non_finite"])
         self.tested = dict(state["tested"])
+        self.ended = state["ended"]
         self.images = state["cost"]["images"]
         self.seconds.update(state["cost"]["seconds"])
         self.resumed = list(state["resumed"])

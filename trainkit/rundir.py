@@ -1,15 +1,15 @@
-"""The run directory: what a run leaves behind, each file written whole or not at all.
+"""The run directory: where a run keeps what it leaves behind. Every file is written whole or not at all.
 
 ::
 
     runs/<recipe>/<time>-<seed>/
-        recipe.yaml          resolved and complete: runs again
-        plugins.lock.json    name, version, distribution, source and options of each plugin, in order
-        environment.json     interpreter, packages, processor, devices, data fingerprints
-        metrics.jsonl, figures/, checkpoints/     from the plugins that write them
-        result.json          how it ended and what was reached
+        recipe.yaml          resolved and complete: it runs again
+        plugins.lock.json    name, version, distribution, source and options of each plugin, in call order
+        environment.json     interpreter, packages, processor, devices, data, what plugins declare
+        metrics.jsonl, figures/, checkpoints/     written by plugins
+        result.json          how the run ended and what it reached
 
-Nothing inside is an absolute path, so the directory can be moved.
+No file holds an absolute path, so the directory can be moved.
 """
 
 from __future__ import annotations
@@ -38,16 +38,19 @@ if sys.platform != "win32":
 
 __all__ = ["RunDir", "atomic_write", "flush_folder", "pack_state"]
 
-DIGEST_SIZE = 32
+DIGEST_SIZE = 32  # bytes of a checkpoint's checksum
+PART = ".part"  # the suffix of a file that is being written
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Write a file whole or not at all: beside it, flushed to the disk, renamed, and the folder flushed too.
+    """Write a file whole or not at all.
+
+    A temporary file in the same folder is written, flushed to the disk and renamed; then the folder is flushed.
 
     Raises:
-        OSError: the disk is full or read-only; what stood at `path` before still stands there.
+        OSError: the disk is full or read-only, for example. The file that was there before is unchanged.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
         with part.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -60,8 +63,8 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Write a folder's names to the disk: what makes a rename last."""
-    if os.name != "posix":
+    """Flush a folder's list of names to the disk, so that a rename survives a power failure."""
+    if os.name != "posix":  # Windows opens no folders
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -70,9 +73,26 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
+_held: set[int] = set()  # descriptors of locked directories
+
+
+def _drop_inherited() -> None:
+    """Close the locks that a forked process inherits: a worker that outlives the run would keep them."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_inherited)
+
+
 @attrs.frozen
 class RunDir:
-    """One run's directory."""
+    """The directory of one run.
+
+    Args:
+        path: as it was given: relative to the current folder, or absolute.
+    """
 
     path: Path
 
@@ -81,79 +101,116 @@ class RunDir:
         """Make a new, empty directory.
 
         Args:
-            recipe: names the folder, with its seed.
-            path: where; by default ``runs/<recipe>/<time>-<seed>`` below the current directory.
+            recipe: its name and its seed name the directory.
+            path: where to make it; by default ``runs/<recipe>/<time>-<seed>`` in the current folder.
 
         Raises:
-            UsageError: `path` exists and is not empty, or cannot be made.
+            UsageError: `path` is not empty, or cannot be made.
         """
-        if path is not None:
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-                occupied = any(path.iterdir())
-            except OSError as error:
-                raise UsageError(f"--run-dir {path}: cannot be made: {error.strerror}") from error
-            if occupied:
-                raise UsageError(f"--run-dir {path}: not empty; give a new directory")
-            return cls(path)
-        stem = f"{datetime.now():%Y%m%d-%H%M%S}-{recipe.seed}"
-        for attempt in range(1, 1000):
-            path = Path("runs") / recipe.name / (stem if attempt == 1 else f"{stem}-{attempt}")
-            try:
-                path.mkdir(parents=True)
-            except FileExistsError:  # another run of this recipe began within the same second
-                continue
-            except OSError as error:
-                raise UsageError(f"{path}: cannot be made: {error.strerror}; choose a place with --run-dir") from error
-            return cls(path)
-        raise UsageError(f"{path}: a thousand runs in one second")
+        if path is None:
+            return cls(_make_numbered(Path("runs") / recipe.name / f"{datetime.now():%Y%m%d-%H%M%S}-{recipe.seed}"))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            occupied = any(path.iterdir())
+        except OSError as error:
+            raise UsageError(f"run directory {path}: cannot be made: {error.strerror}") from error
+        if occupied:
+            raise UsageError(f"run directory {path}: not empty; give a new directory")
+        return cls(path)
 
     def write(self, name: str, data: bytes | str) -> Path:
-        """Write a file below the directory, atomically; folders in `name` are made."""
+        """Write a file whole or not at all, and return its path.
+
+        Args:
+            name: relative to the directory; its folders are made.
+            data: what the file holds; text is encoded as UTF-8.
+        """
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, data)
         return path
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Write a JSON file, atomically."""
+        """Write a JSON file whole or not at all; NaN and infinity become null."""
         return self.write(name, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+
+    def add(self, name: str, data: str) -> Path:
+        """Write a file beside its earlier versions, none of which is overwritten: ``name.yaml``, ``name.2.yaml``, ...
+
+        Nothing is written where the latest version says the same.
+        """
+        latest = self.latest(name)
+        if latest is None:
+            return self.write(name, data)
+        if latest.read_text() == data:
+            return latest
+        stem, _, suffix = name.rpartition(".")
+        return self.write(f"{stem}.{len(self.versions(name)) + 1}.{suffix}", data)
+
+    def add_json(self, name: str, value: Any) -> Path:
+        """Write a JSON file beside its earlier versions (:meth:`add`)."""
+        return self.add(name, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+
+    def versions(self, name: str) -> list[Path]:
+        """Return the versions of a file that sessions of the run added, the first one first."""
+        stem, _, suffix = name.rpartition(".")
+        found = [self.path / name]
+        while found[-1].is_file():
+            found.append(self.path / f"{stem}.{len(found) + 1}.{suffix}")
+        return found[:-1]
+
+    def latest(self, name: str) -> Path | None:
+        """Return the latest version of a file that sessions of the run added, or None where there is none."""
+        versions = self.versions(name)
+        return versions[-1] if versions else None
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Keep every other process from writing to the directory; the lock of a process that died is gone with it.
+        """Keep every other process from writing to the directory.
+
+        The system releases the lock of a process that dies. On Windows there is no lock.
 
         Raises:
-            UsageError: another process writes to it.
+            UsageError: another process holds the lock.
         """
-        if sys.platform == "win32":  # no advisory locks on folders there
+        if sys.platform == "win32":  # locks files only
             yield
             return
         handle = os.open(self.path, os.O_RDONLY)
+        _held.add(handle)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(f"{self.path}: another process is writing to this run directory") from error
             yield
-        except BlockingIOError as error:
-            raise UsageError(f"{self.path}: another process is writing to this run directory") from error
         finally:
+            _held.discard(handle)
             os.close(handle)
 
+    def remove_parts(self) -> None:
+        """Remove the temporary files of writes that were killed. Only the holder of :meth:`exclusive` may do this."""
+        if sys.platform == "win32":  # without a lock, another process may be writing them
+            return
+        for part in self.path.rglob(f".*{PART}"):
+            part.unlink(missing_ok=True)
+
     def recipe_path(self) -> Path:
-        """Return the resolved recipe of the run.
+        """Return the resolved recipe of the run: the latest, where it was continued with another one.
 
         Raises:
-            UsageError: the directory is not a run's.
+            UsageError: there is none, so this is not the directory of a run.
         """
-        path = self.path / "recipe.yaml"
-        if not path.is_file():
+        path = self.latest("recipe.yaml")
+        if path is None:
             raise UsageError(f"{self.path}: not the directory of a run: it holds no recipe.yaml")
         return path
 
     def load_state(self, name: str) -> dict[str, Any]:
-        """Read ``checkpoints/<name>.pt`` after verifying its checksum; nothing in it can run code.
+        """Read ``checkpoints/<name>.pt``, whose checksum is verified first. Nothing in it can run code.
 
         Raises:
-            CheckpointError: it is missing, truncated, altered, or holds more than tensors and plain values.
+            CheckpointError: it is missing, truncated or altered, or holds more than tensors and plain values.
         """
         import torch
 
@@ -161,7 +218,7 @@ class RunDir:
         try:
             data = path.read_bytes()
         except OSError as error:
-            others = ", ".join(sorted(p.name for p in path.parent.glob("*.pt")))
+            others = ", ".join(sorted(other.name for other in path.parent.glob("*.pt")))
             cure = f"there are {others}" if others else "a run saves them when its recipe lists a plugin that does"
             raise CheckpointError(f"{path}: no checkpoint: {error.strerror}; {cure}") from error
         body, digest = data[:-DIGEST_SIZE], data[-DIGEST_SIZE:]
@@ -181,7 +238,7 @@ class RunDir:
         """Read the last checkpoint that is whole.
 
         Returns:
-            Its state, and what to tell the user when it is not the last one: the empty string otherwise.
+            Its state, and a message for the user: empty where that checkpoint is ``last.pt``.
 
         Raises:
             CheckpointError: neither ``last.pt`` nor ``previous.pt`` can be read.
@@ -198,30 +255,47 @@ class RunDir:
         """Read a JSON file.
 
         Raises:
-            UsageError: it is not there or not JSON.
+            UsageError: it is missing, or not JSON.
         """
         path = self.path / name
         try:
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UsageError(f"{path}: not the file of a run: {error}") from error
 
 
+def _make_numbered(path: Path) -> Path:
+    """Make a directory, and return its path; where it exists, ``-2``, ``-3``, ... is added to its name."""
+    for attempt in range(1, 1000):
+        made = path if attempt == 1 else path.with_name(f"{path.name}-{attempt}")
+        try:
+            made.mkdir(parents=True)
+        except FileExistsError:  # another run of this recipe and seed was started within the same second
+            continue
+        except OSError as error:
+            raise UsageError(f"{made}: cannot be made: {error.strerror}; choose a place with --run-dir") from error
+        return made
+    raise UsageError(f"{path}: exists, and so do 998 numbered ones")
+
+
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
+    """Return a value with null in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [_plain(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def pack_state(state: Mapping[str, Any]) -> bytes:
-    """Return a checkpoint file's bytes: what ``torch.save`` writes, with a checksum of all of it at the end."""
+    """Return the bytes of a checkpoint file: what ``torch.save`` writes, and at its end a checksum of all before it.
+
+    A file of torch is a zip archive, and a zip archive may end in a comment. The checksum is that comment, so
+    ``torch.load`` reads the file as it is. The archive's last two bytes are the length of the comment.
+    """
     import torch
 
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    # a torch file is a zip archive, and an archive may end in a comment, whose length stands in its last two bytes
     body = buffer.getvalue()[:-2] + DIGEST_SIZE.to_bytes(2, "little")
     return body + blake2b(body, digest_size=DIGEST_SIZE).digest()

@@ -18,7 +18,7 @@ import attrs
 from trainkit import provenance
 from trainkit.build import build, check_optimizer
 from trainkit.errors import PluginError, RecipeError, RunError, TrainkitError, UsageError
-from trainkit.recipe import load_recipe
+from trainkit.recipe import Recipe, load_recipe, recipe_files
 from trainkit.run import Run, best_of, to_host
 from trainkit.rundir import RunDir
 from trainkit.trainer import Trainer
@@ -46,6 +46,7 @@ class Result:
         images_per_second: training images over the time of training.
         non_finite: epochs that ended with weights or metrics that are not finite; none of them is ever the best.
         resumed: where the run was continued, and what was changed then.
+        evidence: what plugins add, by plugin.
         path: the run directory, as given; not part of ``result.json``.
     """
 
@@ -61,6 +62,7 @@ class Result:
     images_per_second: float | None
     non_finite: list[float] = attrs.field(factory=list)
     resumed: list[dict[str, Any]] = attrs.field(factory=list)
+    evidence: dict[str, Any] = attrs.field(factory=dict)
     path: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,24 +102,55 @@ def fit(
             f"{run_dir}: this run writes to {run.dir.path}, and a run keeps its directory; build it again to write "
             "elsewhere"
         )
+    elif run.finished and (recorded := _recorded_result(run.dir)):
+        return recorded  # nothing is left to do, so no file is touched
     run.stop_reason, run.exit_code = None, 0
     if not run.finished:
         run.tested = {}  # of the weights at an earlier stop; those at the end are tested again
-    try:
-        with run.dir.exclusive():
+    with run.dir.exclusive():
+        _refuse_overtaken(run, run.dir, new)
+        run.dir.remove_parts()
+        try:
             return _fit(run, run.dir, Trainer(run, max_steps=max_steps, eval_batches=eval_batches))
-    except TrainkitError:
-        if new and not run.failed:  # nothing has begun, so nothing is left behind
-            shutil.rmtree(run.dir.path)
-            run.dir = None
-        raise
+        except TrainkitError:
+            if new and not run.failed:  # nothing has begun, so nothing is left behind
+                shutil.rmtree(run.dir.path)
+                run.dir = None
+            raise
+
+
+def _recorded_result(run_dir: RunDir) -> Result | None:
+    """Return the result that a directory holds, or None where there is none of a run that has ended."""
+    try:
+        found = run_dir.read_json("result.json")
+        result = Result(**found, path=run_dir.path)
+    except (UsageError, TypeError):
+        return None
+    return None if result.status == "failed" else result
+
+
+def _refuse_overtaken(run: Run, run_dir: RunDir, new: bool) -> None:
+    """Refuse to continue from a checkpoint that another process has left behind since it was read.
+
+    Raises:
+        UsageError: the directory's checkpoint lies at another position.
+    """
+    if new or not (run_dir.path / "checkpoints" / "last.pt").exists():
+        return
+    position = run_dir.load_latest()[0]["position"]
+    if run.reopened and (position["epoch"], position["step"]) != (run.epoch, run.step):
+        raise UsageError(
+            f"{run_dir.path}: another process has continued this run meanwhile, to step {position['step']}; resume it "
+            "again to go on from there"
+        )
 
 
 def _fit(run: Run, run_dir: RunDir, trainer: Trainer) -> Result:
+    run.reopened = False
     run.provenance = provenance.record(run)
-    run_dir.write("recipe.yaml", run.recipe.to_yaml())
+    run_dir.add("recipe.yaml", _keep_files(run, run_dir).to_yaml())
     provenance.write(run.provenance, run_dir)
-    (run_dir.path / "result.json").unlink(missing_ok=True)  # a resumed run has not ended yet
+    completed = _set_result_aside(run_dir)
     start, before = perf_counter(), run.seconds["total"]
     error: BaseException | None = None
     with _signals(run):
@@ -141,7 +174,10 @@ def _fit(run: Run, run_dir: RunDir, trainer: Trainer) -> Result:
         finally:
             run.seconds["total"] = before + perf_counter() - start
             result = _result(run, error)
-            run_dir.write_json("result.json", result.to_dict())
+            if error is not None and completed is not None:
+                completed.replace(run_dir.path / "result.json")  # what was reached before stays reached
+            else:
+                run_dir.write_json("result.json", result.to_dict())
             for batches in run.batches.values():
                 batches.close()
     if run.failed and isinstance(error, TrainkitError) and not isinstance(error, RunError):
@@ -149,6 +185,42 @@ def _fit(run: Run, run_dir: RunDir, trainer: Trainer) -> Result:
     if error is not None:
         raise error
     return result
+
+
+def _keep_files(run: Run, run_dir: RunDir) -> Recipe:
+    """Copy the files beside the recipe that it names into the run directory, and return the recipe that names those."""
+    plugins = dict(run.recipe.plugins)
+    for name, plugin in run.hooks.plugins.items():
+        for option in recipe_files(type(plugin.instance)):
+            path = getattr(plugin.instance, option)
+            if path is None:
+                continue
+            if not path.resolve().is_relative_to(run_dir.path.resolve()):
+                try:
+                    path = run_dir.write(f"files/{name}/{path.name}", path.read_bytes())
+                except OSError as error:
+                    raise RecipeError(
+                        f"{run.recipe.where}: plugins.{name}.{option}: {path}: cannot be read: {error.strerror}"
+                    ) from error
+            kept = path.resolve().relative_to(run_dir.path.resolve()).as_posix()
+            plugins[name] = {**plugins.get(name, {}), option: kept}
+    return attrs.evolve(run.recipe, plugins=plugins)
+
+
+def _set_result_aside(run_dir: RunDir) -> Path | None:
+    """Keep the result of an earlier session under another name, and return its path if that session completed the run.
+
+    A run that goes on has no ``result.json`` until it ends.
+    """
+    path = run_dir.path / "result.json"
+    if not path.exists():
+        return None
+    earlier = _recorded_result(run_dir)
+    number = 1
+    while (kept := run_dir.path / f"result.session-{number}.json").exists():
+        number += 1
+    path.replace(kept)
+    return kept if earlier is not None and earlier.status == "completed" else None
 
 
 def _test(run: Run, trainer: Trainer) -> None:
@@ -241,25 +313,47 @@ def reopen(
         _say(run, notice)
     differences = provenance.compare(state["provenance"], provenance.record(run))
     changes = [str(difference) for difference in differences if difference.effect == "numbers"]
+    length = [str(difference) for difference in differences if difference.effect == "length"]
     if changes and not allow_changes:
         raise RecipeError(
             f"{run_dir}: would not continue exactly: {'; '.join(changes)}; undo that, or pass --allow-changes"
         )
     _refuse_void(run, changes)
+    if length:
+        _refuse_longer_schedules(run, state)
     run.load_state_dict(state)
+    run.dir, run.reopened = directory, True
+    if changes or length:
+        run.ended = None
     if run.finished and overrides:
         raise RecipeError(
-            f"{run_dir}: nothing is left to train: it has completed {run.epoch} epochs and {run.step} steps; "
-            "give more epochs, or more max_steps"
+            f"{run_dir}: nothing is left to train: it has completed {run.epoch} epochs and {run.step} steps"
+            + (f" ({run.ended})" if run.ended else "")
+            + "; give more epochs, or more max_steps"
         )
-    length = [str(difference) for difference in differences if difference.effect == "length"]
-    if length and run.schedules:
-        _say(
-            run, f"{'; '.join(length)}: schedules keep the course that they began; a new run of that length may differ"
-        )
-    run.resumed.append({"epoch": run.epoch, "step": run.step, "changes": changes + length})
-    run.dir = directory
+    notes = [str(difference) for difference in differences if difference.effect == "none"]
+    if notes:
+        _say(run, f"changed, without effect on any number: {'; '.join(notes)}")
+    if not run.finished:
+        run.resumed.append({"epoch": run.epoch, "step": run.step, "changes": changes + length})
     return run
+
+
+def _refuse_longer_schedules(run: Run, state: Mapping[str, Any]) -> None:
+    """Refuse to train longer than a schedule was made for: beyond its end it would climb again, or fail.
+
+    Raises:
+        RecipeError: a schedule's saved length (torch's ``T_max`` or ``total_steps``) is less than the run's.
+    """
+    for schedule, saved in zip(run.schedules, state["schedules"], strict=False):
+        now = schedule.scheduler.state_dict()
+        for name in ("T_max", "total_steps"):
+            if name in saved and name in now and saved[name] < now[name]:
+                raise RecipeError(
+                    f"{run.recipe.where}: {run.hooks.named('scheduler')}: the schedule was made for {saved[name]} "
+                    f"{schedule.unit}s and the run would last {now[name]}; a learning rate that has come down would "
+                    "climb again. Start a new run of that length"
+                )
 
 
 def _say(run: Run, text: str) -> None:
@@ -295,12 +389,12 @@ def _fit_end(run: Run, error: BaseException | None) -> BaseException | None:
 
 
 def _result(run: Run, error: BaseException | None) -> Result:
-    reason = f"{type(error).__name__}: {error}" if error is not None else run.stop_reason
+    reason = f"{type(error).__name__}: {error}" if error is not None else run.stop_reason or run.ended
     if reason is None and run.history and run.history[-1]["epoch"] in run.non_finite:
         reason = f"weights or metrics are not finite since epoch {run.non_finite[0]:g}"
     last = run.history[-1] if run.history else {}
     return Result(
-        status="failed" if error is not None else "stopped" if run.is_stopping() else "completed",
+        status="failed" if error is not None else "stopped" if run.is_stopping() or run.ended else "completed",
         reason=reason,
         epochs=run.epoch,
         steps=run.step,
@@ -312,23 +406,32 @@ def _result(run: Run, error: BaseException | None) -> Result:
         images_per_second=round(run.images / run.seconds["train"], 1) if run.seconds["train"] else None,
         non_finite=run.non_finite,
         resumed=run.resumed,
+        evidence=run.evidence,
         path=run.dir.path if run.dir else None,
     )
 
 
 @contextmanager
 def _signals(run: Run) -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into a stop at the next safe point; the second acts at once."""
+    """Turn SIGINT, SIGTERM and SIGHUP into a stop at the next safe point; a second Ctrl-C acts at once.
+
+    ``timeout`` and ``kill`` of a process group send the same signal twice, so a second SIGTERM changes nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    interrupted = False
+
     def handle(number: int, frame: FrameType | None) -> None:
-        if run.is_stopping():
+        nonlocal interrupted
+        if number == signal.SIGINT and interrupted:
             raise KeyboardInterrupt
+        interrupted = interrupted or number == signal.SIGINT
         run.stop(signal.Signals(number).name, exit_code=128 + number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ class Adam:
         lr: learning rate; at least 0.
         betas: decay of the running means of the gradient and of its square; each at least 0 and below 1.
         eps: added to the denominator, for stability; at least 0.
-        weight_decay: L2 penalty, added to the gradient; at least 0.
+        weight_decay: L2 penalty, added to the gradient (not decoupled from it, as in AdamW); at least 0.
         amsgrad: divide by the largest running mean of the square so far.
     """
 

@@ -1,6 +1,7 @@
 """Checkpoints."""
 
 from time import monotonic
+from typing import ClassVar
 
 from attrs import field
 from attrs.validators import ge
@@ -24,14 +25,19 @@ class Checkpoint:
         every_epochs: save after so many epochs; 0 for never.
         every_steps: save after so many optimizer steps; 0 for never.
         every_minutes: save when so many minutes have passed since the last time; 0 for never.
+        keep_every: keep a copy, ``epoch-<number>.pt``, after every so many epochs; 0 for none. From these, others can
+            replay parts of the run.
         best: the metric whose best value so far makes an epoch's weights ``best.pt``: a name such as ``accuracy``, of
             the validation split where there is one, else of the test split; or with its split, such as ``train_loss``.
             An epoch's end that is the best is saved whatever the intervals.
     """
 
+    without_effect: ClassVar = ("every_epochs", "every_steps", "every_minutes", "keep_every")
+
     every_epochs: int = field(default=1, validator=ge(0))
     every_steps: int = field(default=0, validator=ge(0))
     every_minutes: float = field(default=0.0, validator=ge(0))
+    keep_every: int = field(default=0, validator=ge(0))
     best: str = "accuracy"
     _saved_at: float = field(init=False, default=0.0)
     _told: bool = field(init=False, default=False)  # that the metric is not reported
@@ -45,20 +51,25 @@ class Checkpoint:
     def safe_point(self, run: Run) -> None:
         """Save what is due."""
         best = run.epoch_ended and self._is_best(run)
-        if not (best or self._is_due(run)):
+        kept = bool(run.epoch_ended and self.keep_every and run.epoch % self.keep_every == 0)
+        if not (best or kept or self._is_due(run)):
             return
         assert run.dir is not None
         data = pack_state(run.state_dict())
         folder = run.dir.path / "checkpoints"
         last, previous, new = folder / "last.pt", folder / "previous.pt", folder / "new.pt"
         folder.mkdir(exist_ok=True)
+        # Before last.pt: a run that is killed in between continues from an earlier one and comes here again. After
+        # it, nothing would ever write best.pt of this epoch.
+        if best:
+            atomic_write(folder / "best.pt", data)
+        if kept:
+            atomic_write(folder / f"epoch-{run.epoch}.pt", data)
         atomic_write(new, data)  # whole and on the disk before an older file gives way
         if last.exists():
             last.replace(previous)
         new.replace(last)
         flush_folder(folder)
-        if best:
-            atomic_write(folder / "best.pt", data)
         self._saved_at = monotonic()
 
     def _is_due(self, run: Run) -> bool:

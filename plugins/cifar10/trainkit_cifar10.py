@@ -6,6 +6,7 @@ from contextlib import suppress
 from hashlib import blake2b
 from http.client import HTTPException
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -46,9 +47,11 @@ class Cifar10:
     gives different runs.
 
     Args:
-        root: the folder; ``~`` is the home directory.
-        download: fetch the published archive (163 MiB) when neither layout is there or its files are damaged.
+        root: the folder that holds the images; ``~`` is the home directory.
+        download: fetch the published archive (163 MiB) when neither layout is in `root`, or its files are damaged.
     """
+
+    without_effect: ClassVar = ("root", "download")
 
     root: Path = field(default=Path("data"), converter=Path.expanduser)
     download: bool = False

@@ -71,10 +71,11 @@ class ColorJitter(Map):
     parameters, for RGB images and for gray ones, whose saturation and hue stay as they are. 0 turns an operation off.
 
     Args:
-        brightness: factors are uniform in [max(0, 1 - brightness), 1 + brightness], or in [least, greatest].
+        brightness: factors are uniform in [max(0, 1 - brightness), 1 + brightness], or in [least, greatest]; 0 is off.
         contrast: likewise.
         saturation: likewise.
-        hue: hues turn by a part of the circle, uniform in [-hue, hue] and at most 0.5, or in [least, greatest].
+        hue: hues turn by a part of the circle, uniform in [-hue, hue] and at most 0.5, or in [least, greatest]; 0 is
+            off.
     """
 
     before: ClassVar = ("normalize",)

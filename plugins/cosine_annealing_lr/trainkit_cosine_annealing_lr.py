@@ -21,8 +21,8 @@ class CosineAnnealingLR:
     torch's CosineAnnealingLR; beyond `t_max` it rises again.
 
     Args:
-        t_max: epochs (or steps) until `eta_min` is reached; at least 1. By default the whole run: the recipe's epochs,
-            or its optimizer steps.
+        t_max: epochs (or steps) until `eta_min` is reached; at least 1. Beyond it the rate rises again. By default the
+            whole run: the recipe's epochs, or its optimizer steps.
         eta_min: the lowest learning rate; at least 0.
         unit: change the learning rate after every ``epoch`` or after every ``step``.
     """

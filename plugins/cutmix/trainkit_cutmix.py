@@ -28,7 +28,8 @@ class CutMix:
 
     Args:
         alpha: the part of the area that stays follows the distribution Beta(alpha, alpha), but for boxes that the
-            border cuts; greater than 0.
+            border cuts; greater than 0. Small values make most boxes tiny or nearly whole, 1 makes all areas equally
+            likely.
     """
 
     conflicts: ClassVar = ("mixup",)

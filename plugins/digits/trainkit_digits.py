@@ -26,7 +26,7 @@ class Digits:
     1,442 images are for training and 355 (every fifth of each class) for testing.
 
     Args:
-        test_fraction: the part of each class, rounded down, that is for testing; between 0 and 1.
+        test_fraction: the part of each class, rounded down, that is for testing, spread evenly; between 0 and 1.
     """
 
     test_fraction: float = field(default=0.2, validator=and_(gt(0), lt(1)))

@@ -7,14 +7,14 @@ import io
 import math
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import field
 from attrs.validators import ge
 
 from trainkit import Run
 from trainkit.errors import RecipeError
-from trainkit.plugin import hookimpl, plugin
+from trainkit.plugin import hookimpl, plugin, recipe_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,11 +50,13 @@ class Figures:
 
     Args:
         published: a CSV file whose columns are ``epoch`` and any of ``train_loss``, ``test_loss``, ``train_accuracy``
-            and ``test_accuracy``; relative to the current directory.
+            and ``test_accuracy``; relative to the recipe's own file.
         every: draw after every so many epochs, and at the end of the run; 0 for the end alone.
     """
 
-    published: Path | None = None
+    observer: ClassVar = True
+
+    published: Path | None = recipe_file(default=None)
     every: int = field(default=10, validator=ge(0))
     _published: Rows = field(init=False, factory=list)
 

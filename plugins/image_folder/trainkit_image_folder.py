@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from attrs import field, frozen
@@ -56,6 +57,11 @@ class FolderSplit:
         cropped = center_crop(resized, size)  # with height and width given, it has this size already
         return pil_to_tensor(cropped), target
 
+    @property
+    def targets(self) -> list[int]:
+        """The class of each image; nothing is decoded for it."""
+        return [target for _, target in self.samples]
+
     def fingerprint(self) -> str:
         """Return the digest."""
         return self.digest
@@ -68,8 +74,7 @@ class FolderSplit:
             decoded = pool.map(self.__getitem__, range(len(self)))
             for i, (image, _) in enumerate(decoded):
                 images[i] = image
-        targets = torch.tensor([target for _, target in self.samples])
-        return TensorSplit(images, targets)
+        return TensorSplit(images, torch.tensor(self.targets))
 
 
 def _positive(instance: object, attribute: object, value: int | tuple[int, int]) -> None:
@@ -87,14 +92,16 @@ class ImageFolder:
     become RGB, resized as torchvision's ``Resize`` does with Pillow (bilinear), uint8 [3, H, W].
 
     Args:
-        root: the folder; ``~`` is the home directory.
+        root: the folder of the data set; ``~`` is the home directory.
         train: the folder of the training split in `root`.
-        test: the folder of the test split in `root`; it may lack classes, but have no others.
-        size: pixels. One number: the shorter side is resized to it and a square is cropped from the centre, as
-            ImageNet is evaluated. Two: height and width, whatever the proportions were.
+        test: the folder of the test split in `root`, such as ``val``; it may lack classes, but have no others.
+        size: pixels. One number, ``64``: the shorter side is resized to it and a square is cropped from the centre, as
+            ImageNet is evaluated. Two, ``[48, 64]``: height and width, whatever the proportions were.
         in_memory: decode all at the start (true) or as needed (false); by default at the start if 1 GiB holds all.
         workers: processes that decode as needed, or threads that decode at the start; at least 0.
     """
+
+    without_effect: ClassVar = ("root", "train", "test", "in_memory", "workers")
 
     root: Path = field(converter=Path.expanduser)
     train: str = "train"

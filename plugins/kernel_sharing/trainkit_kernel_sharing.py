@@ -22,7 +22,8 @@ class KernelSharing:
 
     Args:
         within: module paths to match, such as ``stages.2`` or ``stages.*``: shell patterns, component by component, so
-            that ``*`` stands for one component of a path.
+            that ``*`` stands for one component of a path, or a part of it. Convolutions share within each matched
+            module, not across.
     """
 
     within: list[str] = field(validator=min_len(1))

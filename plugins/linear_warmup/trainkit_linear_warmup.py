@@ -24,7 +24,7 @@ class LinearWarmup:
     Args:
         start_factor: the factor of the first step; greater than 0, at most 1.
         steps: optimizer steps until the factor is 1; at least 1.
-        epochs: the same in epochs, of as many steps as an epoch has training batches, rounded; greater than 0.
+        epochs: the same in epochs, of as many optimizer steps as an epoch has, rounded; greater than 0.
     """
 
     start_factor: float = field(default=1 / 3, validator=and_(gt(0), le(1)))

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from attrs import field
 
@@ -28,6 +28,8 @@ class MetricLog:
     counts the rows, and a resumed run cuts off those that were written after it. So no row is missing, and none is
     there twice. Numbers read back exactly. Nothing that is written depends on the time.
     """
+
+    observer: ClassVar = True
 
     _path: Path | None = field(init=False, default=None)  # of metrics.jsonl, once the run has a directory
     _size: int = field(init=False, default=0)  # bytes of whole rows on the disk; a failed write may leave more

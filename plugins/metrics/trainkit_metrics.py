@@ -1,7 +1,7 @@
 """Loss and accuracy."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -47,6 +47,8 @@ class Metrics:
         every: record the loss of the current batch every so many training steps; 0 for never.
         accuracy: report the accuracy beside the loss; needs classes as targets.
     """
+
+    without_effect: ClassVar = ("every",)
 
     every: int = field(default=50, validator=ge(0))
     accuracy: bool = True

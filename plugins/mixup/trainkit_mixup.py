@@ -22,7 +22,8 @@ class Mixup:
     whose order is random. Targets become probabilities.
 
     Args:
-        alpha: lambda follows the distribution Beta(alpha, alpha); greater than 0.
+        alpha: lambda follows the distribution Beta(alpha, alpha); greater than 0. Small values keep most images nearly
+            as they are, 1 makes all ratios equally likely.
     """
 
     conflicts: ClassVar = ("cutmix",)

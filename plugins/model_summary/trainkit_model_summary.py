@@ -4,7 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -47,6 +47,8 @@ class Summary:
 @plugin
 class ModelSummary:
     """Print layers, shapes, parameters and GFLOP of the network when a run starts."""
+
+    observer: ClassVar = True
 
     @hookimpl
     def fit_start(self, run: Run) -> None:

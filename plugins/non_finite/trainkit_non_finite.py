@@ -43,6 +43,8 @@ class NonFinite:
     neither saved nor evaluated: saving the run, the end of an epoch's training and a stop do wait for the values.
     """
 
+    observer: ClassVar = True
+
     before: ClassVar[tuple[str, ...]] = ("grad_clip",)  # which makes infinite elements finite
 
     _parameters: list[tuple[str, nn.Parameter]] = field(init=False, factory=list)

@@ -3,6 +3,7 @@
 from datetime import timedelta
 from math import inf
 from time import perf_counter
+from typing import ClassVar
 
 from attrs import field
 from rich.progress import BarColumn, TextColumn
@@ -25,6 +26,8 @@ class Progress:
     A step costs a look at the clock. The loss shown within an epoch is the last that a plugin recorded as ``loss``. The
     bars are drawn between steps, not by a thread of their own: worker processes could not be forked safely beside it.
     """
+
+    observer: ClassVar = True
 
     _bars: Bars | None = field(init=False, default=None)
     _loss: float | None = field(init=False, default=None)

@@ -41,7 +41,8 @@ class RandomErasing(Map):
         p: the probability that an image is erased in, 0 to 1.
         scale: the least and the greatest area of the box, as parts of the image's.
         ratio: the least and the greatest height of the box, as multiples of its width.
-        value: what the box is filled with: a number, one number a channel, or ``random`` for standard normal noise.
+        value: what the box is filled with: a number, one number a channel, or ``random`` for standard normal noise,
+            each pixel its own.
     """
 
     p: float = field(default=0.5, validator=and_(ge(0), le(1)))

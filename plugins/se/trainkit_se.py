@@ -26,8 +26,8 @@ class SE:
 
     Args:
         after: module paths to match, such as ``stages.*.*.bn2``: shell patterns, component by component, so that
-            ``*`` stands for one component of a path.
-        reduction: the excitation's inner layer has ``channels // reduction`` values; at least 1.
+            ``*`` stands for one component of a path, or a part of it: ``layer*.*.bn2`` fits torchvision's ResNets.
+        reduction: channels are squeezed to ``channels // reduction`` values; at least 1.
         bias: whether the excitation's two layers have a bias.
     """
 

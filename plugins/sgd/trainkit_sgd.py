@@ -30,7 +30,7 @@ class SGD:
         momentum: factor of the gradients' running sum; at least 0, and 0 keeps none.
         dampening: the part of each gradient that the running sum leaves out.
         weight_decay: L2 penalty, added to the gradient; at least 0.
-        nesterov: look ahead along the running sum; needs a momentum, and no dampening.
+        nesterov: Nesterov's variant: look ahead along the running sum; needs a momentum, and no dampening.
     """
 
     lr: float = field(default=1e-3, validator=ge(0))

@@ -2,6 +2,7 @@
 
 import re
 from time import monotonic
+from typing import ClassVar
 
 import attrs
 from attrs import field
@@ -42,8 +43,11 @@ class TimeLimit:
     The clock starts when training does: building the run does not count, nor does the time before it was resumed.
 
     Args:
-        limit: the time, such as ``90s``, ``55m``, ``1h30m`` or ``2d``; greater than 0.
+        limit: numbers followed by ``d``, ``h``, ``m`` or ``s``, such as ``90s``, ``55m``, ``1h30m`` or ``2d``; greater
+            than 0.
     """
+
+    observer: ClassVar = True
 
     limit: str = field(validator=_check_limit)
     _end: float = field(init=False, default=0.0)  # on the monotonic clock, which is never set back

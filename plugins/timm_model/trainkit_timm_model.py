@@ -36,7 +36,8 @@ class TimmModel:
 
     Args:
         name: of the network, as ``timm.list_models`` gives it, such as ``resnet18``; without the tag of weights.
-        kwargs: what ``timm.create_model`` takes besides, such as ``{drop_path_rate: 0.1}``.
+        kwargs: what ``timm.create_model`` takes besides, such as ``{drop_path_rate: 0.1}``, or
+            ``{img_size: 32}`` for networks of one image size.
     """
 
     name: str

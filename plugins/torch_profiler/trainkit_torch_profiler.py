@@ -1,5 +1,7 @@
 """Traces of single steps."""
 
+from typing import ClassVar
+
 from attrs import field
 from attrs.validators import ge
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -21,6 +23,8 @@ class TorchProfiler:
         after: steps before recording starts, at least 1: the first ones allocate, tune and compile.
         steps: steps recorded; at least 1.
     """
+
+    observer: ClassVar = True
 
     after: int = field(default=10, validator=ge(1))
     steps: int = field(default=3, validator=ge(1))

@@ -40,7 +40,8 @@ class TorchvisionModel:
 
     Args:
         name: of the network, as ``torchvision.models.list_models`` gives it, such as ``resnet18``.
-        kwargs: what its builder takes besides, such as ``{width_mult: 0.5}`` for ``mobilenet_v2``.
+        kwargs: what its builder takes besides the number of classes, such as ``{width_mult: 0.5}`` for ``mobilenet_v2``
+            or ``{image_size: 32}`` for ``vit_b_16``.
     """
 
     name: str

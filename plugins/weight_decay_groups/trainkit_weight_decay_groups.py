@@ -21,7 +21,8 @@ class WeightDecayGroups:
     dimension, and those named by `skip`, go to a group of weight decay 0 with the same options otherwise.
 
     Args:
-        skip: names of further parameters, such as ``fc.weight`` or ``stem.*``: shell patterns over the whole name.
+        skip: names of further parameters without decay, such as ``fc.weight`` or ``stem.*``: shell patterns over the
+            whole name, so ``*`` spans dots too.
     """
 
     skip: list[str] = field(factory=list)

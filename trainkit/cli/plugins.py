@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, get_args
+from typing import Any
 
 from trainkit.cli.output import print_json, printable, table, terminal
 from trainkit.errors import PluginError, did_you_mean
@@ -82,29 +82,11 @@ def _describe(record: Installed) -> dict[str, Any]:
     import attrs
 
     from trainkit.hooks import load_class
-    from trainkit.plugin import declared, option_types
+    from trainkit.options import options_of
+    from trainkit.plugin import declared
 
     cls = load_class(record)
     hooks = [name for name, value in inspect.getmembers(cls) if hasattr(value, "trainkit_impl")]
-    defaults = {option.alias: _default(option.default) for option in attrs.fields(cls)}
-    options = [
-        {"name": name, "type": _type_name(annotation), "default": defaults[name]}
-        for name, annotation in option_types(cls).items()
-    ]
+    options = [attrs.asdict(option) for option in options_of(cls)]
     constraints = {key: list(declared(cls, key)) for key in ("after", "before", "conflicts", "claims")}
     return {"doc": inspect.getdoc(cls) or "", "options": options, "hooks": hooks, **constraints}
-
-
-def _type_name(annotation: Any) -> str:
-    plain = isinstance(annotation, type) and not get_args(annotation)
-    return annotation.__name__ if plain else str(annotation).replace("typing.", "")
-
-
-def _default(value: Any) -> str:
-    import attrs
-
-    if value is attrs.NOTHING:
-        return "required"
-    if isinstance(value, attrs.Factory):  # type: ignore[arg-type]
-        return "computed" if value.takes_self else repr(value.factory())
-    return repr(value)

@@ -29,4 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
     console = terminal(stderr=args.json)
     reopened = reopen(args.run_dir, args.overrides, allow_changes=args.allow_changes, console=console)
+    if reopened.finished and not args.json:
+        done = f"{reopened.epoch} epochs and {reopened.step} steps are completed"
+        console.print(f"nothing is left to train: {done}", markup=False, highlight=False)
     return train(reopened, as_json=args.json)

@@ -146,7 +146,7 @@ class _Observer:
         if self.at is not None and (run.epoch, run.batch_index) >= self.at:
             if self.fail:
                 raise _MadeFailureError
-            run.stop("observer")
+            run.stop("observer", exit_code=143)  # to be continued
 
     @hookimpl
     def safe_point(self, run: Run) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,24 @@ from torch import Tensor, nn
 
 from trainkit.build import build_with
 from trainkit.data import Data, TensorSplit
+from trainkit.errors import RecipeError
 from trainkit.hooks import CallWrapper, LoadedPlugin, register
 from trainkit.plugin import hookimpl, plugin
-from trainkit.recipe import Recipe
+from trainkit.recipe import Recipe, from_dict, make_options
 from trainkit.run import Run
 from trainkit.session import fit
 
-__all__ = ["build_from", "build_run", "fake_data", "parameters_of", "record_hooks", "run_steps"]
+__all__ = [
+    "assert_refuses",
+    "build_from",
+    "build_run",
+    "fake_data",
+    "from_recipe",
+    "parameters_of",
+    "record_hooks",
+    "run_steps",
+    "watch",
+]
 
 
 def fake_data(n: int = 32, classes: int = 4, size: int = 8) -> Data:
@@ -127,3 +138,53 @@ def record_hooks(plugins: Mapping[str, Any], steps: int = 2, **recipe: Any) -> l
 def parameters_of(run: Run) -> list[Tensor]:
     """Return copies of a run's parameters, for comparison."""
     return [p.detach().clone() for p in run.model.parameters()]
+
+
+def watch(**functions: Callable[..., Any]) -> Any:
+    """Return a plugin that calls a function in each of some hooks, to note what happens or to take part in it.
+
+    ``seen = []; run_steps({"mine": Mine(), "watch": watch(step_end=lambda run: seen.append(run.step))})``. What a
+    function raises reaches the test as it is.
+
+    Args:
+        functions: by the name of a hook; each takes those of the hook's arguments that it needs, without ``self``.
+    """
+    return plugin(type("Watch", (), {hook: staticmethod(hookimpl(f)) for hook, f in functions.items()}))()
+
+
+def from_recipe(cls: type, /, **options: Any) -> Any:
+    """Return an instance of a plugin's class as a recipe with these options makes it.
+
+    Args:
+        cls: the plugin's class.
+        options: its options, as a recipe gives them.
+
+    Raises:
+        RecipeError: an option is unknown or wrong.
+    """
+    name = _name(cls)
+    recipe = from_dict({"name": "test", "epochs": 1, "batch_size": 8, "plugins": {name: options}})
+    return make_options(recipe, name, cls)
+
+
+def assert_refuses(cls: type, key: str, /, *values: Any, **options: Any) -> None:
+    """Check that a plugin refuses values of an option, each with an error that names the option as recipes do.
+
+    Args:
+        cls: the plugin's class.
+        key: the option.
+        values: what is refused, one at a time; without any, that the option is left out.
+        options: the other options that it needs, as a recipe gives them.
+    """
+    for given in [{**options, key: value} for value in values] or [options]:
+        try:
+            from_recipe(cls, **given)
+        except RecipeError as error:
+            if f"plugins.{_name(cls)}.{key}" not in str(error):
+                raise AssertionError(f"{cls.__name__} with {given}: the error does not name it: {error}") from error
+        else:
+            raise AssertionError(f"{cls.__name__} takes {given}")
+
+
+def _name(cls: type) -> str:
+    return cls.__module__.removeprefix("trainkit_")

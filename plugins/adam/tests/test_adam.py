@@ -1,57 +1,29 @@
-import io
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
 
-from trainkit.errors import RecipeError
-from trainkit.plugin import hookimpl, plugin
-from trainkit.recipe import from_dict, make_options
-from trainkit.session import fit
-from trainkit.testing import build_run, parameters_of, run_steps
+from trainkit.testing import assert_refuses, from_recipe, parameters_of, run_steps, watch
 from trainkit_adam import Adam
 
 USUAL = {"lr": 0.01, "weight_decay": 5e-4}
+CHANNELS_LAST = watch(transform_model=lambda model: model.to(memory_format=torch.channels_last))
 
 
-@plugin
-class Plain:
+def torchs(params, **options):
     """torch's optimizer as a plain loop over parameters."""
-
-    options: dict
-
-    @hookimpl
-    def optimizer(self, params):
-        return torch.optim.Adam(params, **self.options, foreach=False, fused=False)
+    return torch.optim.Adam(params, **options, foreach=False, fused=False)
 
 
-@plugin
-class Save:
-    """Keeps a checkpoint of one step in memory."""
-
-    step: int
-    file: Any
-
-    @hookimpl
-    def safe_point(self, run):
-        if run.step == self.step:
-            torch.save(run.state_dict(), self.file)
-
-
-@plugin
-class ChannelsLast:
-    @hookimpl
-    def transform_model(self, model):
-        return model.to(memory_format=torch.channels_last)
+def plain(**options):
+    return watch(optimizer=lambda params: torchs(params, **options))
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"lr": 0.05},
-        {"betas": (0.5, 0.9)},
-        {"betas": (0.0, 0.0)},
+        {"lr": 0.05, "betas": (0.0, 0.0)},
         {"weight_decay": 0.1},
         {"lr": 0.05, "betas": (0.5, 0.5), "amsgrad": True},
     ],
@@ -60,14 +32,14 @@ def test_trains_as_torchs_plain_loop(options):
     # a large eps: without it the sign of gradients that are almost 0, which is rounding, decides
     options = {"lr": 0.01, "eps": 1e-3, **options}
     ours = parameters_of(run_steps({"adam": Adam(**options)}, steps=6))
-    plain = parameters_of(run_steps({"plain": Plain(options=options)}, steps=6))
-    torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-5)
+    expected = parameters_of(run_steps({"plain": plain(**options)}, steps=6))
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_fused_form_computes_what_the_plain_one_does(dtype):
     results = []
-    for make in (Adam(**USUAL).optimizer, Plain(options=USUAL).optimizer):
+    for make in (Adam(**USUAL).optimizer, partial(torchs, **USUAL)):
         torch.manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(n, dtype=dtype)) for n in (1, 7, 1000)]
         optimizer = make(params=params)
@@ -76,18 +48,18 @@ def test_fused_form_computes_what_the_plain_one_does(dtype):
                 p.grad = torch.randn_like(p)
             optimizer.step()
         results.append((bool(optimizer.defaults["fused"]), [p.detach() for p in params]))
-    (fused, ours), (not_fused, plain) = results
+    (fused, ours), (not_fused, expected) = results
     assert fused
     assert not not_fused
     tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(ours, plain, **tolerance)
+    torch.testing.assert_close(ours, expected, **tolerance)
 
 
 def test_fused_form_is_right_in_channels_last_memory():
-    ours = run_steps({"format": ChannelsLast(), "adam": Adam(**USUAL)}, steps=4)
-    plain = run_steps({"format": ChannelsLast(), "plain": Plain(options=USUAL)}, steps=4)
+    ours = run_steps({"format": CHANNELS_LAST, "adam": Adam(**USUAL)}, steps=4)
+    expected = run_steps({"format": CHANNELS_LAST, "plain": plain(**USUAL)}, steps=4)
     assert not ours.model[0].weight.is_contiguous()
-    torch.testing.assert_close(parameters_of(ours), parameters_of(plain), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(parameters_of(ours), parameters_of(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_no_fused_form_where_torch_has_none():
@@ -102,36 +74,12 @@ def test_defaults_are_torchs():
         assert ours[key] == torchs[key]
 
 
-@pytest.mark.parametrize("model", [{}, {"format": ChannelsLast()}], ids=["contiguous", "channels_last"])
-def test_continues_exactly_from_a_checkpoint_within_an_epoch(model, tmp_path):
-    file = io.BytesIO()
-    whole = run_steps({**model, "adam": Adam(**USUAL), "save": Save(step=6, file=file)}, steps=10)
-    file.seek(0)
-    rest = build_run({**model, "adam": Adam(**USUAL), "save": Save(step=-1, file=file)}, epochs=1000, max_steps=10)
-    rest.load_state_dict(torch.load(file, weights_only=True))
-    assert rest.batch_index == 2
-    fit(rest, tmp_path / "run")
-    assert all(map(torch.equal, parameters_of(whole), parameters_of(rest)))
-
-
-@pytest.mark.parametrize(
-    ("options", "key"),
-    [
-        ({"lr": -1}, "lr"),
-        ({"betas": [0.9, 1.0]}, "betas"),
-        ({"betas": [-0.1, 0.9]}, "betas"),
-        ({"betas": [0.9]}, "betas"),
-        ({"eps": -1e-8}, "eps"),
-        ({"weight_decay": -1}, "weight_decay"),
-        ({"lr": "fast"}, "lr"),
-    ],
-)
-def test_wrong_options_are_one_clear_error(options, key):
-    recipe = from_dict({"name": "r", "epochs": 1, "batch_size": 1, "plugins": {"adam": options}})
-    with pytest.raises(RecipeError, match=rf"plugins\.adam\.{key}"):
-        make_options(recipe, "adam", Adam)
+def test_wrong_options_are_one_clear_error():
+    assert_refuses(Adam, "lr", -1, "fast")
+    assert_refuses(Adam, "betas", [0.9, 1.0], [-0.1, 0.9], [0.9])
+    assert_refuses(Adam, "eps", -1e-8)
+    assert_refuses(Adam, "weight_decay", -1)
 
 
 def test_betas_of_a_recipe_are_a_pair_of_numbers():
-    recipe = from_dict({"name": "r", "epochs": 1, "batch_size": 1, "plugins": {"adam": {"betas": [0, 0.99]}}})
-    assert make_options(recipe, "adam", Adam).betas == (0.0, 0.99)
+    assert from_recipe(Adam, betas=[0, 0.99]).betas == (0.0, 0.99)

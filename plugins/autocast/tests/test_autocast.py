@@ -8,7 +8,8 @@ from torch.amp import GradScaler
 import trainkit_autocast
 from trainkit.errors import PluginError, RecipeError
 from trainkit.plugin import hookimpl, plugin
-from trainkit.testing import build_run, parameters_of, run_steps
+from trainkit.testing import build_run, parameters_of, run_steps, watch
+from trainkit_accumulate import Accumulate
 from trainkit_autocast import Autocast
 
 
@@ -20,9 +21,8 @@ class Watch:
     losses: list
 
     @hookimpl
-    def transform_model(self, run, model):
-        model[0].register_forward_hook(lambda module, inputs, output: self.dtypes.add((run.split, output.dtype)))
-        return model
+    def built(self, run):
+        run.model[0].register_forward_hook(lambda module, inputs, output: self.dtypes.add((run.split, output.dtype)))
 
     @hookimpl
     def forward_end(self, run, output, loss):
@@ -102,17 +102,11 @@ def test_float16_on_a_processor_is_an_error():
         build_run({"autocast": Autocast(dtype="float16")})
 
 
-@plugin
-class OtherBackward:
-    @hookimpl
-    def backward(self, loss):
-        loss.backward()
-
-
 def test_bfloat16_leaves_backward_to_others_and_float16_does_not(native):
-    run_steps({"autocast": Autocast(), "other": OtherBackward()}, steps=1)
+    other = watch(backward=lambda loss: loss.backward())
+    run_steps({"autocast": Autocast(), "other": other}, steps=1)
     with pytest.raises(PluginError, match=r"'backward' takes one provider.*'autocast'.*'other'"):
-        build_run({"autocast": Autocast(dtype="float16"), "other": OtherBackward()})
+        build_run({"autocast": Autocast(dtype="float16"), "other": other})
 
 
 # Loss scaling works on the processor, too, where only float16 itself is missing: the plugin's hooks and torch's scaler
@@ -130,51 +124,40 @@ def contexts_in_float32(self, run):
     self._scaling.scaler = trainkit_autocast.GradScaler(run.device.type)
 
 
-def test_scaling_changes_no_gradient_and_no_parameter(monkeypatch):
-    @plugin
-    class Gradients:
-        seen: list
+@pytest.mark.parametrize("others", [{}, {"accumulate": Accumulate(batches=3)}], ids=["alone", "accumulate"])
+def test_scaling_changes_no_gradient_and_no_parameter(monkeypatch, others):
+    def train(**plugins):
+        seen = []
+        note = watch(gradients_ready=lambda run: seen.extend(p.grad.clone() for p in run.model.parameters()))
+        return seen, parameters_of(run_steps({**plugins, **others, "note": note}, steps=3))
 
-        @hookimpl
-        def gradients_ready(self, run):
-            self.seen += [p.grad.clone() for p in run.model.parameters()]
-
-    plain, with_scaling = Gradients(seen=[]), Gradients(seen=[])
-    expected = run_steps({"gradients": plain}, steps=3)
-    run = run_steps({"autocast": scaled(monkeypatch), "gradients": with_scaling}, steps=3)
-    assert len(plain.seen) == len(with_scaling.seen) == 3 * len(parameters_of(run))
-    for a, b in zip(plain.seen + parameters_of(expected), with_scaling.seen + parameters_of(run), strict=True):
+    plain, expected = train()
+    scaled_gradients, found = train(autocast=scaled(monkeypatch, init_scale=1024.0))
+    assert len(plain) == len(scaled_gradients) == 3 * len(found)
+    for a, b in zip(plain + expected, scaled_gradients + found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_step_with_infinite_gradients_is_left_out_and_lowers_the_scale(monkeypatch, wrapped):
-    @plugin
-    class Spoil:
-        start: list
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_step_with_infinite_gradients_is_left_out_and_lowers_the_scale(monkeypatch, wrapped, batches):
+    def spoil(run, output):
+        if run.split == "train" and run.batch_index == 0 and run.step == 0:
+            output.register_hook(lambda gradient: gradient * math.inf)
 
-        @hookimpl
-        def fit_start(self, run):
-            self.start += parameters_of(run)
+    def train(steps):
+        start, autocast = [], scaled(monkeypatch, init_scale=1024.0)
+        others = watch(
+            fit_start=lambda run: start.extend(parameters_of(run)),
+            transform_optimizer=lambda optimizer: Wrapped(optimizer) if wrapped else optimizer,
+            forward_end=spoil,
+        )
+        run = run_steps({"autocast": autocast, "accumulate": Accumulate(batches=batches), "o": others}, steps=steps)
+        assert autocast.state_dict()["scale"] == 512.0
+        return all(map(torch.equal, parameters_of(run), start))
 
-        @hookimpl
-        def transform_optimizer(self, optimizer):
-            return Wrapped(optimizer) if wrapped else optimizer
-
-        @hookimpl
-        def forward_end(self, run, output):
-            if run.split == "train" and run.step == 0:
-                output.register_hook(lambda gradient: gradient * math.inf)
-
-    autocast, spoil = scaled(monkeypatch, init_scale=1024.0), Spoil(start=[])
-    run = run_steps({"autocast": autocast, "spoil": spoil}, steps=1)
-    assert autocast.state_dict()["scale"] == 512.0
-    assert all(torch.equal(a, b) for a, b in zip(parameters_of(run), spoil.start, strict=True))
-    spoil.start.clear()
-    autocast = scaled(monkeypatch, init_scale=1024.0)
-    run = run_steps({"autocast": autocast, "spoil": spoil}, steps=2)
-    assert autocast.state_dict()["scale"] == 512.0
-    assert not all(torch.equal(a, b) for a, b in zip(parameters_of(run), spoil.start, strict=True))
+    assert train(steps=1)
+    assert not train(steps=2)
 
 
 class Wrapped(torch.optim.Optimizer):

@@ -3,8 +3,7 @@ import torch
 from torch import nn
 
 from trainkit import Batch
-from trainkit.plugin import hookimpl, plugin
-from trainkit.testing import build_run, parameters_of, run_steps
+from trainkit.testing import build_run, parameters_of, run_steps, watch
 from trainkit_channels_last import ChannelsLast
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
@@ -14,32 +13,20 @@ def is_last(tensor):
     return tensor.is_contiguous(memory_format=LAST) and not tensor.is_contiguous(memory_format=FIRST)
 
 
-@plugin
-class Watch:
-    """Records the format of what the first convolution gets and gives, by split."""
+@pytest.mark.parametrize("plugins", [{}, {"channels_last": ChannelsLast()}], ids=["without", "with"])
+def test_images_kernels_and_feature_maps_are_in_this_format_in_training_and_testing(plugins):
+    seen = set()
 
-    seen: dict
-
-    @hookimpl
-    def transform_model(self, run, model):
+    def built(run):
         def record(module, inputs, output):
-            formats = (is_last(inputs[0]), is_last(module.weight), is_last(output))
-            self.seen.setdefault(run.split, set()).add(formats)
+            seen.add((run.split, is_last(inputs[0]), is_last(module.weight), is_last(output)))
 
-        model[0].register_forward_hook(record)
-        return model
+        run.model[0].register_forward_hook(record)
 
-
-def test_images_kernels_and_feature_maps_are_in_this_format_in_training_and_testing():
-    seen = {}
-    run_steps({"channels_last": ChannelsLast(), "watch": Watch(seen=seen)}, steps=8, epochs=2)
-    assert seen == {"train": {(True, True, True)}, "test": {(True, True, True)}}
-
-
-def test_without_it_nothing_is():
-    seen = {}
-    run_steps({"watch": Watch(seen=seen)}, steps=8, epochs=2)
-    assert seen == {"train": {(False, False, False)}, "test": {(False, False, False)}}
+    gradients = watch(built=built, gradients_ready=lambda run: seen.add(is_last(run.model[0].weight.grad)))
+    run_steps({**plugins, "watch": gradients}, steps=8, epochs=2)
+    last = bool(plugins)
+    assert seen == {("train", last, last, last), ("test", last, last, last), last}
 
 
 def test_training_gives_the_same_parameters():
@@ -48,20 +35,12 @@ def test_training_gives_the_same_parameters():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_gradients_have_the_format_of_their_kernels():
-    @plugin
-    class Gradients:
-        @hookimpl
-        def gradients_ready(self, run):
-            assert is_last(run.model[0].weight.grad)
-
-    run_steps({"channels_last": ChannelsLast(), "gradients": Gradients()}, steps=2)
-
-
-def test_a_batch_in_this_format_is_not_copied():
+def test_a_batch_in_this_format_is_not_copied_and_keeps_its_indices():
     images = torch.rand(4, 3, 8, 8).contiguous(memory_format=LAST)
-    batch = ChannelsLast().transform_batch(Batch(images, torch.zeros(4, dtype=torch.int64)))
+    given = Batch(images, torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    batch = ChannelsLast().transform_batch(given)
     assert batch.images is images
+    assert batch.indices is given.indices
 
 
 def test_values_names_and_sharing_of_parameters_stay():
@@ -78,9 +57,8 @@ def test_values_names_and_sharing_of_parameters_stay():
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize("steps", [3, 4])
-def test_a_loaded_state_keeps_the_format(steps):
-    run = run_steps({"channels_last": ChannelsLast()}, steps=steps)
+def test_a_loaded_state_keeps_the_format():
+    run = run_steps({"channels_last": ChannelsLast()}, steps=3)
     loaded = build_run({"channels_last": ChannelsLast()}, epochs=1000)
     plain = {k: v.contiguous() for k, v in run.model.state_dict().items()}
     loaded.model.load_state_dict(plain)

@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from trainkit import Batch
-from trainkit.errors import PluginError
-from trainkit.plugin import hookimpl, plugin
+from trainkit import Batch, TensorSplit
+from trainkit.errors import PluginError, RecipeError
 from trainkit.rng import stream
-from trainkit.testing import assert_conforms, build_run, parameters_of, run_steps
+from trainkit.testing import assert_refuses, build_run, parameters_of, run_steps, watch
 from trainkit_cutmix import CutMix, mix
 
 
@@ -132,24 +131,28 @@ def test_it_trains_and_leaves_the_data_as_they_are():
     assert not any(map(torch.equal, parameters_of(mixed), parameters_of(plain)))
 
 
-def test_it_conforms():
-    assert_conforms(CutMix, alpha=0.5)
+def test_indices_stay_with_the_images_that_dominate():
+    seen = []
+    note = watch(transform_batch=lambda run, batch: seen.append((run.split, batch.indices)) or batch)
+    run = run_steps({"cutmix": CutMix(), "note": note}, steps=4)
+    indices = torch.cat([found for split, found in seen if split == "train"])
+    assert sorted(indices.tolist()) == list(range(len(run.data.train)))
+
+
+@pytest.mark.parametrize("make", [lambda t: F.one_hot(t, 4).float(), lambda t: t.float()], ids=["labels", "number"])
+def test_other_targets_than_classes_are_refused(make):
+    change = lambda split: TensorSplit(split.images, make(split.targets))  # noqa: E731
+    data = watch(transform_data=lambda data: data.replace(train=change(data.train), test=change(data.test)))
+    with pytest.raises(
+        RecipeError, match=r"'cutmix', built: it mixes classes, and the data's targets are float32 .*drop"
+    ):
+        build_run({"data": data, "cutmix": CutMix()})
 
 
 def test_not_beside_mixup():
-    @plugin
-    class Other:
-        """Stands for mixup."""
-
-        @hookimpl
-        def fit_start(self):
-            pass
-
     with pytest.raises(PluginError, match="'cutmix' cannot run beside plugin 'mixup'"):
-        build_run({"mixup": Other(), "cutmix": CutMix()})
+        build_run({"mixup": watch(), "cutmix": CutMix()})
 
 
-@pytest.mark.parametrize("alpha", [0, -1, float("nan")])
-def test_alpha_must_be_positive(alpha):
-    with pytest.raises(ValueError, match="'alpha'"):
-        CutMix(alpha=alpha)
+def test_alpha_must_be_positive():
+    assert_refuses(CutMix, "alpha", 0, -1, float("nan"))

@@ -35,12 +35,13 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_classes_targets_and_order(root):
-    data = ImageFolder(root=root, size=8).data()
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_classes_targets_and_order(root, in_memory):
+    data = ImageFolder(root=root, size=8, in_memory=in_memory).data()
     assert data.classes == ("a", "b", "c")
     assert data.shape == (3, 8, 8)
-    assert data.train.targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert data.test.targets.tolist() == [0, 0, 2, 2]
+    assert list(data.train.targets) == [0] * 4 + [1] * 4 + [2] * 4
+    assert list(data.test.targets) == [0, 0, 2, 2]
 
 
 @pytest.mark.parametrize("size", [8, 16, (5, 12)])

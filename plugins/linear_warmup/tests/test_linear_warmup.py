@@ -1,5 +1,4 @@
-import io
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,11 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, MultiStepLR, OneCycleLR
 
-from trainkit import Schedule, fit
-from trainkit.errors import RecipeError
+from trainkit import Schedule
 from trainkit.plugin import hookimpl, plugin
-from trainkit.recipe import from_dict, make_options
-from trainkit.testing import build_run, parameters_of, run_steps
+from trainkit.testing import assert_refuses, build_run, parameters_of, run_steps, watch
+from trainkit_accumulate import Accumulate
 from trainkit_linear_warmup import LinearWarmup
 
 STEPS_PER_EPOCH = 4  # of the made data
@@ -76,17 +74,6 @@ class Wrapper(torch.optim.Optimizer):
         return self.base.step(closure)
 
 
-@plugin
-class Save:
-    step: int
-    file: Any
-
-    @hookimpl
-    def safe_point(self, run):
-        if run.step == self.step:
-            torch.save(run.state_dict(), self.file)
-
-
 def schedules_own(kind, unit, steps):
     """The rates of torch's scheduler alone, in a plain loop."""
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr": 0.02}], lr=0.1)
@@ -107,10 +94,9 @@ def used_rates(steps, warmup, before=None, after=None, **options):
     return sgd.used, run
 
 
-@pytest.mark.parametrize("unit", ["step", "epoch"])
-@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize(("unit", "place"), [("step", "before"), ("epoch", "after")])
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_rates_are_the_product_of_schedule_and_factor(kind, place, unit):
+def test_rates_are_the_product_of_schedule_and_factor(kind, unit, place):
     found, _ = used_rates(12, LinearWarmup(steps=7, start_factor=0.1), **{place: Scheduled(kind=kind, unit=unit)})
     factors = [0.1 + 0.9 * min(t / 7, 1) for t in range(12)]
     own = schedules_own(kind, unit, 12)
@@ -134,22 +120,25 @@ def test_alone_it_is_torchs_linear_lr(start_factor, steps):
 
 
 @given(st.floats(1e-6, 1), st.integers(1, 10**6), st.integers(0, 100))
+@settings(max_examples=50)
 def test_the_factor_ends_at_exactly_one(start_factor, steps, more):
     warmup = LinearWarmup(start_factor=start_factor, steps=steps)
-    build_length(warmup)
+    warmup.built(SimpleNamespace(optimizer=torch.optim.SGD([torch.zeros(1)])))
     assert warmup.factor(0) == start_factor
     assert warmup.factor(steps + more) == 1.0
 
 
-def build_length(warmup):
-    warmup.scheduler(None, torch.optim.SGD([torch.zeros(1)]))
-
-
 @pytest.mark.parametrize(("epochs", "steps"), [(2.0, 8), (0.5, 2), (0.3, 1), (0.01, 1), (1.6, 6)])
-def test_epochs_are_as_many_steps_as_they_have_batches(epochs, steps):
+def test_epochs_are_as_many_steps_as_they_have(epochs, steps):
     in_epochs, _ = used_rates(10, LinearWarmup(epochs=epochs))
     in_steps, _ = used_rates(10, LinearWarmup(steps=steps))
     assert in_epochs == in_steps
+
+
+def test_epochs_with_accumulated_gradients_have_fewer_steps():
+    warmup = LinearWarmup(epochs=2)
+    build_run({"accumulate": Accumulate(batches=2), "linear_warmup": warmup}, epochs=5)  # 2 steps an epoch
+    assert (warmup.factor(3), warmup.factor(4)) == (pytest.approx(1 / 3 + 2 / 3 * 3 / 4), 1.0)
 
 
 def test_a_wrapped_optimizer_is_warmed_up_once():
@@ -165,15 +154,12 @@ def test_a_skipped_update_leaves_no_trace():
 
 
 def test_updates_are_those_of_a_plain_loop_with_the_rates_set_by_hand():
-    @plugin
-    class ByHand:
-        @hookimpl
-        def gradients_ready(self, run):
-            for group, rate in zip(run.optimizer.param_groups, (0.1, 0.02), strict=True):
-                group["lr"] = rate * (0.2 + 0.8 * min(run.step / 5, 1))
+    def set_rates(run):
+        for group, rate in zip(run.optimizer.param_groups, (0.1, 0.02), strict=True):
+            group["lr"] = rate * (0.2 + 0.8 * min(run.step / 5, 1))
 
     _, run = used_rates(9, LinearWarmup(steps=5, start_factor=0.2))
-    by_hand = run_steps({"sgd": SGD(), "by_hand": ByHand()}, steps=9)
+    by_hand = run_steps({"sgd": SGD(), "by_hand": watch(gradients_ready=set_rates)}, steps=9)
     torch.testing.assert_close(parameters_of(run), parameters_of(by_hand))
 
 
@@ -183,39 +169,22 @@ def test_an_epochs_record_holds_the_factor_that_was_reached():
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
 
 
-@pytest.mark.parametrize("unit", ["step", "epoch"])
-def test_continues_exactly_from_the_middle_of_the_warm_up(unit, tmp_path):
-    def plugins(sgd, step):
-        warmup = LinearWarmup(steps=9)
-        return {
-            "schedule": Scheduled(kind="cosine", unit=unit), "sgd": sgd, "linear_warmup": warmup,
-            "save": Save(step=step, file=file),
-        }  # fmt: skip
-
-    file, whole, rest = io.BytesIO(), SGD(), SGD()
-    finished = run_steps(plugins(whole, 6), steps=14)
-    run = build_run(plugins(rest, -1), epochs=1000, max_steps=14)
-    file.seek(0)
-    run.load_state_dict(torch.load(file, weights_only=True))
-    fit(run, tmp_path / "run")
-    assert rest.used == whole.used[6:]
-    assert run.history == finished.history
-    assert all(map(torch.equal, parameters_of(finished), parameters_of(run)))
+def test_an_optimizer_that_another_plugin_wraps_is_the_one_that_is_warmed_up():
+    """The optimizer's hooks are set once all is built, so the order in the recipe does not matter."""
+    found = []
+    for first in ("sgd", "linear_warmup"):
+        plugins = {"sgd": SGD(wrapped=True), "linear_warmup": LinearWarmup(steps=5)}
+        ordered = {first: plugins[first], **plugins}
+        run_steps(ordered, steps=6)
+        found.append(plugins["sgd"].used)
+    assert found[0] == found[1]
+    assert found[0][0][0] == pytest.approx(0.1 / 3)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, r"steps: .*either 'steps' or 'epochs', and neither is given"),
-        ({"steps": 5, "epochs": 1}, r"steps: .*either 'steps' or 'epochs', and both are given"),
-        ({"steps": 0}, "steps"),
-        ({"epochs": 0}, "epochs"),
-        ({"epochs": -1.5}, "epochs"),
-        ({"steps": 5, "start_factor": 0}, "start_factor"),
-        ({"steps": 5, "start_factor": 1.1}, "start_factor"),
-    ],
-)
-def test_wrong_options_are_one_clear_error(options, message):
-    recipe = from_dict({"name": "r", "epochs": 1, "batch_size": 1, "plugins": {"linear_warmup": options}})
-    with pytest.raises(RecipeError, match=rf"plugins\.linear_warmup\.{message}"):
-        make_options(recipe, "linear_warmup", LinearWarmup)
+def test_wrong_options_are_one_clear_error():
+    for options, given in (({}, "neither is"), ({"steps": 5, "epochs": 1}, "both are")):
+        with pytest.raises(ValueError, match=f"either 'steps' or 'epochs', and {given} given"):
+            LinearWarmup(**options)
+    assert_refuses(LinearWarmup, "steps", 0)
+    assert_refuses(LinearWarmup, "epochs", 0, -1.5)
+    assert_refuses(LinearWarmup, "start_factor", 0, 1.1, steps=5)

@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from trainkit import Batch
-from trainkit.errors import PluginError
-from trainkit.plugin import hookimpl, plugin
+from trainkit import Batch, TensorSplit
+from trainkit.errors import PluginError, RecipeError
 from trainkit.rng import stream
-from trainkit.testing import assert_conforms, build_run, parameters_of, run_steps
+from trainkit.testing import assert_refuses, build_run, parameters_of, run_steps, watch
 from trainkit_mixup import Mixup, mix
 
 
@@ -109,24 +108,28 @@ def test_it_trains():
     assert not any(map(torch.equal, parameters_of(mixed), parameters_of(plain)))
 
 
-def test_it_conforms():
-    assert_conforms(Mixup, alpha=0.4)
+def test_indices_stay_with_the_images_that_dominate():
+    seen = []
+    note = watch(transform_batch=lambda run, batch: seen.append((run.split, batch.indices)) or batch)
+    run = run_steps({"mixup": Mixup(), "note": note}, steps=4)
+    indices = torch.cat([found for split, found in seen if split == "train"])
+    assert sorted(indices.tolist()) == list(range(len(run.data.train)))
+
+
+@pytest.mark.parametrize("make", [lambda t: F.one_hot(t, 4).float(), lambda t: t.float()], ids=["labels", "number"])
+def test_other_targets_than_classes_are_refused(make):
+    change = lambda split: TensorSplit(split.images, make(split.targets))  # noqa: E731
+    data = watch(transform_data=lambda data: data.replace(train=change(data.train), test=change(data.test)))
+    with pytest.raises(
+        RecipeError, match=r"'mixup', built: it mixes classes, and the data's targets are float32 .*drop"
+    ):
+        build_run({"data": data, "mixup": Mixup()})
 
 
 def test_not_beside_cutmix():
-    @plugin
-    class Other:
-        """Stands for cutmix."""
-
-        @hookimpl
-        def fit_start(self):
-            pass
-
     with pytest.raises(PluginError, match="'mixup' cannot run beside plugin 'cutmix'"):
-        build_run({"mixup": Mixup(), "cutmix": Other()})
+        build_run({"mixup": Mixup(), "cutmix": watch()})
 
 
-@pytest.mark.parametrize("alpha", [0, -1, float("nan")])
-def test_alpha_must_be_positive(alpha):
-    with pytest.raises(ValueError, match="'alpha'"):
-        Mixup(alpha=alpha)
+def test_alpha_must_be_positive():
+    assert_refuses(Mixup, "alpha", 0, -1, float("nan"))

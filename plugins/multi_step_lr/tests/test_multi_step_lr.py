@@ -1,43 +1,20 @@
-import io
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainkit.errors import PluginError, RecipeError
-from trainkit.plugin import hookimpl, plugin
-from trainkit.recipe import from_dict, make_options
-from trainkit.session import fit
-from trainkit.testing import build_run, run_steps
+from trainkit.errors import PluginError
+from trainkit.testing import assert_refuses, build_run, run_steps, watch
 from trainkit_multi_step_lr import MultiStepLR
 
 STEPS_PER_EPOCH = 4  # of the made data
 
 
-@plugin
-class Watch:
-    """Notes the learning rate of each step, and keeps a checkpoint of one in memory."""
-
-    lrs: list
-    save_at: int = -1
-    file: Any = None
-
-    @hookimpl
-    def gradients_ready(self, run):
-        self.lrs.append(run.optimizer.param_groups[0]["lr"])
-
-    @hookimpl
-    def safe_point(self, run):
-        if run.step == self.save_at and run.batch_index:
-            torch.save(run.state_dict(), self.file)
-
-
 def rates(steps, **options):
-    watch = Watch(lrs=[])
-    run_steps({"multi_step_lr": MultiStepLR(**options), "watch": watch}, steps=steps)
-    return watch.lrs
+    lrs = []
+    note = watch(gradients_ready=lambda run: lrs.append(run.optimizer.param_groups[0]["lr"]))
+    run_steps({"multi_step_lr": MultiStepLR(**options), "note": note}, steps=steps)
+    return lrs
 
 
 @given(
@@ -45,7 +22,7 @@ def rates(steps, **options):
     st.floats(0.1, 2),
     st.sampled_from(["epoch", "step"]),
 )
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_rate_is_multiplied_at_each_milestone(milestones, gamma, unit):
     found = rates(16, milestones=milestones, gamma=gamma, unit=unit)
     done = [step // STEPS_PER_EPOCH if unit == "epoch" else step for step in range(16)]
@@ -68,36 +45,11 @@ def test_rates_are_exactly_torchs():
     assert rates(12, milestones=[3, 7, 8], gamma=0.3, unit="step") == expected
 
 
-@pytest.mark.parametrize("unit", ["epoch", "step"])
-def test_continues_exactly_from_a_checkpoint_within_an_epoch(unit, tmp_path):
-    options = {"milestones": [1, 2, 3] if unit == "epoch" else [4, 5, 7, 10], "unit": unit}
-    file = io.BytesIO()
-    whole, rest = Watch(lrs=[], save_at=6, file=file), Watch(lrs=[])
-    run_steps({"multi_step_lr": MultiStepLR(**options), "watch": whole}, steps=14)
-    run = build_run({"multi_step_lr": MultiStepLR(**options), "watch": rest}, epochs=1000, max_steps=14)
-    file.seek(0)
-    run.load_state_dict(torch.load(file, weights_only=True))
-    fit(run, tmp_path / "run")
-    assert rest.lrs == whole.lrs[6:]
-
-
-@pytest.mark.parametrize(
-    ("options", "key"),
-    [
-        ({}, "milestones"),
-        ({"milestones": []}, "milestones"),
-        ({"milestones": [0, 5]}, "milestones"),
-        ({"milestones": [5, 5]}, "milestones"),
-        ({"milestones": [9, 5]}, "milestones"),
-        ({"milestones": 5}, "milestones"),
-        ({"milestones": [5], "gamma": 0}, "gamma"),
-        ({"milestones": [5], "unit": "batch"}, "unit"),
-    ],
-)
-def test_wrong_options_are_one_clear_error(options, key):
-    recipe = from_dict({"name": "r", "epochs": 1, "batch_size": 1, "plugins": {"multi_step_lr": options}})
-    with pytest.raises(RecipeError, match=rf"plugins\.multi_step_lr\.{key}"):
-        make_options(recipe, "multi_step_lr", MultiStepLR)
+def test_wrong_options_are_one_clear_error():
+    assert_refuses(MultiStepLR, "milestones")
+    assert_refuses(MultiStepLR, "milestones", [], [0, 5], [5, 5], [9, 5], 5)
+    assert_refuses(MultiStepLR, "gamma", 0, milestones=[5])
+    assert_refuses(MultiStepLR, "unit", "batch", milestones=[5])
 
 
 def test_a_run_has_one_schedule():

@@ -1,18 +1,13 @@
-import io
 import math
-from typing import Any
 
 import pytest
 import torch
-from attrs import field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainkit.errors import PluginError, RecipeError
 from trainkit.plugin import hookimpl, plugin
-from trainkit.recipe import from_dict, make_options
-from trainkit.session import fit
-from trainkit.testing import build_run, parameters_of, run_steps
+from trainkit.testing import assert_refuses, build_run, run_steps, watch
 from trainkit_one_cycle_lr import OneCycleLR
 
 
@@ -29,33 +24,17 @@ class Optimizer:
         return torch.optim.SGD(params, lr=0.5, momentum=0.1)
 
 
-@plugin
-class Watch:
-    """Notes rate and momentum of each step, and keeps a checkpoint of one in memory."""
-
-    seen: list = field(factory=list)
-    save_at: int = -1
-    file: Any = None
-
-    @hookimpl
-    def gradients_ready(self, run):
-        (group,) = run.optimizer.param_groups
-        self.seen.append((group["lr"], group["betas"][0] if "betas" in group else group["momentum"]))
-
-    @hookimpl
-    def safe_point(self, run):
-        if run.step == self.save_at and run.batch_index:
-            torch.save(run.state_dict(), self.file)
-
-
-def plugins(watch, optimizer="sgd", **options):
-    return {"optimizer": Optimizer(name=optimizer), "one_cycle_lr": OneCycleLR(**options), "watch": watch}
-
-
 def seen(steps, epochs=1000, optimizer="sgd", **options):
-    watch = Watch()
-    run = run_steps(plugins(watch, optimizer, **options), steps=steps, epochs=epochs)
-    return watch.seen, run
+    """Return rate and momentum of each step."""
+    found = []
+
+    def note(run):
+        (group,) = run.optimizer.param_groups
+        found.append((group["lr"], group["betas"][0] if "betas" in group else group["momentum"]))
+
+    cycle = {"optimizer": Optimizer(name=optimizer), "one_cycle_lr": OneCycleLR(**options)}
+    run = run_steps({**cycle, "note": watch(gradients_ready=note)}, steps=steps, epochs=epochs)
+    return found, run
 
 
 def torchs(steps, optimizer="sgd", **options):
@@ -105,10 +84,11 @@ def test_the_cycle_is_the_documented_one():
     )
 
 
-def test_by_default_it_spans_the_whole_run():
-    found, run = seen(12, epochs=3, max_lr=0.1)
-    assert found == torchs(12, max_lr=0.1, total_steps=12)
-    assert run.history[-1]["lr"] == pytest.approx(0.1 / 25 / 1e4)
+@pytest.mark.parametrize(("steps", "epochs"), [(12, 3), (10, 3), (10, 1000)])
+def test_by_default_it_ends_exactly_where_the_run_does_also_at_max_steps(steps, epochs):
+    found, run = seen(steps, epochs=epochs, max_lr=0.1)
+    assert found == torchs(steps, max_lr=0.1, total_steps=steps)
+    assert found[-1][0] == run.history[-1]["lr"] == pytest.approx(0.1 / 25 / 1e4)
 
 
 @pytest.mark.parametrize("strategy", ["cos", "linear"])
@@ -128,29 +108,11 @@ def test_a_cycle_may_only_fall_or_only_rise(pct_start):
     assert max(rates) == pytest.approx(0.1, rel=0.1)
 
 
-def test_continues_exactly_from_a_checkpoint_within_an_epoch(tmp_path):
-    file = io.BytesIO()
-    options = {"max_lr": 0.1, "total_steps": 14}
-    whole, rest = Watch(save_at=6, file=file), Watch()
-    finished = run_steps(plugins(whole, **options), steps=14)
-    run = build_run(plugins(rest, **options), epochs=1000, max_steps=14)
-    file.seek(0)
-    run.load_state_dict(torch.load(file, weights_only=True))
-    fit(run, tmp_path / "run")
-    assert rest.seen == whole.seen[6:]
-    assert all(map(torch.equal, parameters_of(finished), parameters_of(run)))
-
-
 def test_an_optimizer_without_momentum_says_what_to_set():
-    @plugin
-    class Adagrad:
-        @hookimpl
-        def optimizer(self, params):
-            return torch.optim.Adagrad(params)
-
+    adagrad = watch(optimizer=lambda params: torch.optim.Adagrad(params))
     with pytest.raises(RecipeError, match=r"Adagrad has neither a momentum nor betas.*set cycle_momentum: false"):
-        build_run({"adagrad": Adagrad(), "one_cycle_lr": OneCycleLR(max_lr=0.1)})
-    build_run({"adagrad": Adagrad(), "one_cycle_lr": OneCycleLR(max_lr=0.1, cycle_momentum=False)})
+        build_run({"adagrad": adagrad, "one_cycle_lr": OneCycleLR(max_lr=0.1)})
+    build_run({"adagrad": adagrad, "one_cycle_lr": OneCycleLR(max_lr=0.1, cycle_momentum=False)})
 
 
 @pytest.mark.parametrize("three_phase", [False, True])
@@ -160,24 +122,19 @@ def test_a_rise_of_one_step_is_one_clear_error(three_phase):
         build_run({"optimizer": Optimizer(), "one_cycle_lr": cycle})
 
 
-@pytest.mark.parametrize(
-    ("options", "key"),
-    [
-        ({}, "max_lr"),
-        ({"max_lr": 0}, "max_lr"),
-        ({"max_lr": 0.1, "total_steps": 0}, "total_steps"),
-        ({"max_lr": 0.1, "pct_start": 1.1}, "pct_start"),
-        ({"max_lr": 0.1, "anneal_strategy": "exp"}, "anneal_strategy"),
-        ({"max_lr": 0.1, "base_momentum": 1}, "base_momentum"),
-        ({"max_lr": 0.1, "max_momentum": -0.1}, "max_momentum"),
-        ({"max_lr": 0.1, "div_factor": 0}, "div_factor"),
-        ({"max_lr": 0.1, "final_div_factor": 0}, "final_div_factor"),
-    ],
-)
-def test_wrong_options_are_one_clear_error(options, key):
-    recipe = from_dict({"name": "r", "epochs": 1, "batch_size": 1, "plugins": {"one_cycle_lr": options}})
-    with pytest.raises(RecipeError, match=rf"plugins\.one_cycle_lr\.{key}"):
-        make_options(recipe, "one_cycle_lr", OneCycleLR)
+def test_wrong_options_are_one_clear_error():
+    assert_refuses(OneCycleLR, "max_lr")
+    assert_refuses(OneCycleLR, "max_lr", 0)
+    for key, value in {
+        "total_steps": 0,
+        "pct_start": 1.1,
+        "anneal_strategy": "exp",
+        "base_momentum": 1,
+        "max_momentum": -0.1,
+        "div_factor": 0,
+        "final_div_factor": 0,
+    }.items():
+        assert_refuses(OneCycleLR, key, value, max_lr=0.1)
 
 
 def test_a_run_has_one_schedule():

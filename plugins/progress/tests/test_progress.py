@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from attrs import field
 from rich.console import Console
 
 import trainkit_progress
-from trainkit import TrainkitError, evaluate, fit
+from trainkit import Metric, TrainkitError, evaluate, fit
 from trainkit.plugin import hookimpl, plugin
-from trainkit.testing import build_run
+from trainkit.testing import build_run, watch
 from trainkit_progress import Progress
 
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
@@ -22,13 +21,14 @@ class Source:
     """Reports metrics, logs losses, prints, stops and fails."""
 
     names: tuple[str, ...] = ("loss",)
+    shown: bool = True
     say: str = ""
     stop: int | None = None
     error: Any = None
 
     @hookimpl
     def metrics(self, run, split):
-        return {name: torch.tensor(0.5 / (run.epoch + 1)) for name in self.names}
+        return {name: Metric(torch.tensor(0.5 / (run.epoch + 1)), progress=self.shown) for name in self.names}
 
     @hookimpl
     def step_end(self, run):
@@ -42,12 +42,13 @@ class Source:
             raise self.error
 
 
-def show(tmp_path, terminal, *, source=None, width=100, resume=None, **recipe):
+def show(tmp_path, terminal, *, source=None, width=100, resume=None, held_out=None, **recipe):
     """Train with the plugin and return what it wrote."""
     console = Console(
         file=io.StringIO(), force_terminal=terminal, force_interactive=terminal, width=width, color_system=None
     )
-    run = build_run({"source": source or Source(), "progress": Progress()}, **{"epochs": 2, **recipe})
+    plugins = {"source": source or Source(), "progress": Progress(), "held_out": held_out or watch()}
+    run = build_run(plugins, **{"epochs": 2, **recipe})
     run._console = console
     if resume is not None:
         run.load_state_dict(resume)
@@ -80,6 +81,18 @@ def test_lines_one_an_epoch(tmp_path):
     assert re.fullmatch(r"epoch 1/2  train_loss 0\.5000  test_loss 0\.5000" + pattern, first)
     assert re.fullmatch(r"epoch 2/2  train_loss 0\.2500  test_loss 0\.2500" + pattern, second)
     assert second.endswith("eta 0:00:00")
+
+
+def test_only_metrics_that_ask_for_it_are_shown(tmp_path):
+    assert "loss" not in show(tmp_path, terminal=False, source=Source(shown=False))
+
+
+def test_a_validation_split_is_shown_and_an_epoch_without_evaluation_has_its_training_alone(tmp_path, every_step):
+    held_out = watch(transform_data=lambda data: data.replace(validation=data.test))
+    lines = show(tmp_path, terminal=False, held_out=held_out, eval_every=2).splitlines()
+    ends = [line for line in lines if " lr " in line]
+    assert ["validation_loss" in line for line in ends] == [False, True]
+    assert [line.split()[3] for line in lines if " validation " in line] == ["1/2", "2/2"]
 
 
 def test_a_line_longer_than_the_console_stays_one_line(tmp_path):
@@ -160,7 +173,7 @@ def test_a_resumed_run_counts_from_where_it_was(tmp_path, every_step):
 
 def test_max_steps_ends_the_bar_of_the_run(tmp_path, every_step):
     lines = show(tmp_path, terminal=False, epochs=1000, max_steps=6).splitlines()
-    assert lines[-1].startswith("epoch 2/1000")
+    assert lines[-1].startswith("epoch 1.5/1000")
     assert lines[-1].endswith("eta 0:00:00")
 
 
@@ -173,19 +186,15 @@ def clock(monkeypatch):
     return Clock
 
 
-@plugin
-class Tick:
-    """Lets time pass: a second a batch."""
+def a_second_a_batch(clock):
+    def tick():
+        clock.now += 1.0
 
-    clock: Any = field()
-
-    @hookimpl
-    def forward_end(self, run):
-        self.clock.now += 1.0
+    return watch(forward_end=tick)
 
 
 def test_speed_and_time_left(tmp_path, clock):
-    run = build_run({"tick": Tick(clock=clock), "source": Source(), "progress": Progress()}, epochs=4)
+    run = build_run({"tick": a_second_a_batch(clock), "source": Source(), "progress": Progress()}, epochs=4)
     run._console = Console(file=io.StringIO())
     fit(run, tmp_path)
     lines = run.console.file.getvalue().splitlines()
@@ -194,7 +203,7 @@ def test_speed_and_time_left(tmp_path, clock):
 
 
 def test_a_last_batch_counts_the_images_it_has(tmp_path, clock):
-    run = build_run({"tick": Tick(clock=clock), "source": Source(), "progress": Progress()}, batch_size=30)
+    run = build_run({"tick": a_second_a_batch(clock), "source": Source(), "progress": Progress()}, batch_size=30)
     run._console = Console(file=io.StringIO())
     fit(run, tmp_path)
     assert "  16 img/s" in run.console.file.getvalue()  # 32 images in two seconds

@@ -90,7 +90,7 @@ def test_corners_are_distributed_as_torchvision_distributes_them(size, padding):
 
 
 def test_training_images_only():
-    run = build_run({"random_crop": RandomCrop(size=(6, 5), padding=1)})
+    run = build_run({"random_crop": RandomCrop(size=(6, 5), padding=1)}, mixed_sizes=True)
     images = run.data.train.images
 
     def stream(name):

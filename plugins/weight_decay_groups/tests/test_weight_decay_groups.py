@@ -1,14 +1,9 @@
-import io
-from typing import Any
-
 import pytest
 import torch
-from attrs import field
 
-from trainkit import fit
+from trainkit import Schedule
 from trainkit.errors import RecipeError
-from trainkit.plugin import hookimpl, plugin
-from trainkit.testing import build_run, parameters_of, run_steps
+from trainkit.testing import build_run, parameters_of, run_steps, watch
 from trainkit_weight_decay_groups import WeightDecayGroups
 
 # The default network: 0.weight is a convolution, 1.* a batch norm, 5.* a linear layer.
@@ -21,25 +16,9 @@ OPTIMIZERS = {
 }
 
 
-@plugin
-class Optimizer:
-    make: Any = field(default=OPTIMIZERS["sgd"])
-
-    @hookimpl
-    def optimizer(self, params):
-        return self.make(params)
-
-
-@plugin
-class Slow:
-    """Wraps the optimizer, as Lookahead does, with shared groups and slow weights that begin at the first step."""
-
-    @hookimpl
-    def transform_optimizer(self, optimizer):
-        return Wrapper(optimizer)
-
-
 class Wrapper(torch.optim.Optimizer):
+    """Wraps an optimizer, as Lookahead does, with shared groups and slow weights that begin at the first step."""
+
     def __init__(self, base):
         super().__init__(base.param_groups, base.defaults)
         self.base = base
@@ -55,8 +34,12 @@ class Wrapper(torch.optim.Optimizer):
             p.copy_(slow.lerp_(p, 0.5))
 
 
+def made_by(make):
+    return watch(optimizer=lambda params: make(params))
+
+
 def plugins(make=OPTIMIZERS["sgd"], skip=()):
-    return {"optimizer": Optimizer(make=make), "weight_decay_groups": WeightDecayGroups(skip=list(skip))}
+    return {"optimizer": made_by(make), "weight_decay_groups": WeightDecayGroups(skip=list(skip))}
 
 
 def groups(run):
@@ -67,7 +50,7 @@ def groups(run):
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_vectors_go_to_a_group_without_decay_that_is_else_the_same(kind):
-    plain, run = build_run({"optimizer": Optimizer(make=OPTIMIZERS[kind])}), build_run(plugins(OPTIMIZERS[kind]))
+    plain, run = build_run({"optimizer": made_by(OPTIMIZERS[kind])}), build_run(plugins(OPTIMIZERS[kind]))
     assert groups(run) == [(MATRICES, 0.3), (VECTORS, 0.0)]
     assert type(run.optimizer) is type(plain.optimizer)
     (whole,) = plain.optimizer.param_groups
@@ -82,7 +65,7 @@ def test_trains_as_an_optimizer_that_is_given_two_groups(kind):
         return OPTIMIZERS[kind]([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
 
     ours = run_steps(plugins(OPTIMIZERS[kind]), steps=6)
-    by_hand = run_steps({"optimizer": Optimizer(make=two_groups)}, steps=6)
+    by_hand = run_steps({"optimizer": made_by(two_groups)}, steps=6)
     assert all(map(torch.equal, parameters_of(ours), parameters_of(by_hand)))
 
 
@@ -104,16 +87,13 @@ def test_named_parameters_are_spared_too(skip, spared):
 
 
 def test_a_shared_parameter_is_found_by_any_of_its_names():
-    @plugin
-    class Tied:
-        @hookimpl
-        def model(self):
-            model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4), *[torch.nn.Linear(4, 4)] * 2)
-            model[3] = torch.nn.Linear(4, 4, bias=False)
-            model[3].weight = model[2].weight
-            return model
+    def tied():
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4), *[torch.nn.Linear(4, 4)] * 2)
+        model[3] = torch.nn.Linear(4, 4, bias=False)
+        model[3].weight = model[2].weight
+        return model
 
-    run = build_run({"tied": Tied(), **plugins(skip=["3.weight"])})
+    run = build_run({"tied": watch(model=tied), **plugins(skip=["3.weight"])})
     assert groups(run) == [(["1.weight"], 0.3), (["1.bias", "2.weight", "2.bias"], 0.0)]
 
 
@@ -137,37 +117,18 @@ def test_each_group_is_split_and_one_without_decay_is_left_alone():
 
 @pytest.mark.parametrize("first", ["slow", "weight_decay_groups"])
 def test_it_may_be_listed_on_either_side_of_a_wrapper(first):
-    listed = {**plugins(), "slow": Slow()}
+    listed = {**plugins(), "slow": watch(transform_optimizer=lambda optimizer: Wrapper(optimizer))}
     order = sorted(listed, key=lambda name: (name != "optimizer", name != first))
     run = run_steps({name: listed[name] for name in order}, steps=5)
     assert groups(run) == [(MATRICES, 0.3), (VECTORS, 0.0)]
-    other = run_steps({**plugins(), "slow": Slow()}, steps=5)
+    other = run_steps({**plugins(), "slow": watch(transform_optimizer=lambda optimizer: Wrapper(optimizer))}, steps=5)
     assert all(map(torch.equal, parameters_of(run), parameters_of(other)))
 
 
 def test_schedulers_move_both_groups():
-    from trainkit import Schedule
-
-    @plugin
-    class Halve:
-        @hookimpl
-        def scheduler(self, optimizer):
-            return Schedule(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), "step")
-
-    run = run_steps({**plugins(), "halve": Halve()}, steps=2)
+    halve = watch(scheduler=lambda optimizer: Schedule(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), "step"))
+    run = run_steps({**plugins(), "halve": halve}, steps=2)
     assert [g["lr"] for g in run.optimizer.param_groups] == [0.025, 0.025]
-
-
-def test_continues_exactly_from_a_checkpoint(tmp_path):
-    file = io.BytesIO()
-    first = run_steps(plugins(), steps=4)
-    torch.save(first.state_dict(), file)
-    file.seek(0)
-    rest = build_run(plugins(), epochs=1000, max_steps=8)
-    rest.load_state_dict(torch.load(file, weights_only=True))
-    fit(rest, tmp_path / "run")
-    assert all(map(torch.equal, parameters_of(rest), parameters_of(run_steps(plugins(), steps=8))))
-    assert groups(rest) == [(MATRICES, 0.3), (VECTORS, 0.0)]
 
 
 def test_a_pattern_that_matches_nothing_is_an_error():
@@ -181,12 +142,7 @@ def test_no_decay_to_take_away_is_an_error():
 
 
 def test_a_network_of_matrices_alone_has_nothing_to_regroup():
-    @plugin
-    class Matrix:
-        @hookimpl
-        def model(self):
-            return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 4, bias=False))
-
+    network = watch(model=lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4, bias=False)))
     decayed = plugins(lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.3))
     with pytest.raises(RecipeError, match="no weight decay to take away"):
-        build_run({"network": Matrix(), **decayed})
+        build_run({"network": network, **decayed})

@@ -2,12 +2,14 @@ import inspect
 import json
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
-import trainkit_inspector
+import trainkit_plugins_check
 from trainkit import hookspecs
 from trainkit.cli import main
+from trainkit_plugins_check import Description
 
 RECIPE = """\
 name: r
@@ -45,6 +47,17 @@ def install(tmp_path, monkeypatch):
             (tmp_path / "site" / f"acme_{name}.py").write_text(code)
 
     return install
+
+
+@pytest.fixture
+def only(monkeypatch):
+    """Hide all other plugins: a hook that nobody is known to offer is looked for in every one that is installed."""
+
+    def only(*names):
+        mine = {name: trainkit_plugins_check.installed()[name] for name in names}
+        monkeypatch.setattr(trainkit_plugins_check, "installed", lambda: mine)
+
+    return only
 
 
 @pytest.fixture
@@ -95,7 +108,7 @@ def test_noise_at_import_does_no_harm(install, printed):
 
 
 def test_a_plugin_that_hangs_is_broken(install, printed, monkeypatch):
-    monkeypatch.setattr(trainkit_inspector, "TIMEOUT", 1)
+    monkeypatch.setattr(trainkit_plugins_check, "TIMEOUT", 1)
     install("zebra", "import time\ntime.sleep(60)\n")
     install("okapi")
     code, facts = printed("plugins", "check", "zebra", "okapi")
@@ -128,9 +141,122 @@ def test_each_name_is_checked_once_in_the_order_given(install, printed):
 
 
 def test_without_names_all_are_checked(install, printed, monkeypatch):
-    monkeypatch.setattr(trainkit_inspector, "_import", lambda value: "")
+    monkeypatch.setattr(trainkit_plugins_check, "describe_in_child", lambda value: Description())
     install("zebra")
     assert {"zebra"} < {fact["plugin"] for fact in printed("plugins", "check")[1]}
+
+
+CLASS = """\
+from trainkit.plugin import hookimpl, plugin
+@plugin
+class X:
+    "Does little."
+    hookspecs = ()
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "reasons"),
+    [
+        ("@hookimpl\ndef fit_strat(self, run): ...", ["'fit_strat' is not a hook; did you mean 'fit_start'?"]),
+        ("@hookimpl\ndef zzzz(self, run): ...", ["'zzzz' is not a hook"]),
+        (
+            "@hookimpl\ndef log(self, run, recrod): ...",
+            ["log: the hook has no argument 'recrod'; did you mean 'record'?"],
+        ),
+        ("@hookimpl\ndef log(self, x): ...", ["log: the hook has no argument 'x'; it has run, record"]),
+        (
+            "@hookimpl\ndef log(self, run, record=None): ...",
+            ["log: 'record' has a default, so it never gets the hook's value; drop the default"],
+        ),
+        (
+            "@hookimpl\ndef log(self, *, record): ...",
+            ["log: 'record' can be given by name only, and hooks pass arguments by position"],
+        ),
+        (
+            "def fit_start(self, run): ...",
+            ["'fit_start' is a hook's name; mark the method with @hookimpl, or rename it"],
+        ),
+        (
+            "@hookimpl(tryfirst=True)\ndef log(self, run): ...",
+            ["log: hookimpl takes no options (tryfirst); order is the recipe's order"],
+        ),
+        (
+            "@hookimpl(wrapper=True)\ndef log(self, run): yield",
+            ["log: hookimpl takes no options (wrapper); order is the recipe's order"],
+        ),
+        ("def state_dict(self): ...", ["it has state_dict and no load_state_dict; checkpoints need both"]),
+        ("def load_state_dict(self, state): ...", ["it has load_state_dict and no state_dict; checkpoints need both"]),
+        (
+            "@hookimpl\ndef fit_strat(self): ...\ndef log(self): ...",
+            [
+                "'fit_strat' is not a hook; did you mean 'fit_start'?",
+                "'log' is a hook's name; mark the method with @hookimpl, or rename it",
+            ],
+        ),
+    ],
+)
+def test_what_shows_when_hooks_are_bound_is_broken(install, only, printed, body, reasons):
+    install("zebra", CLASS + textwrap.indent(body, "    ") + "\n")
+    only("zebra")
+    code, (fact,) = printed("plugins", "check", "zebra")
+    assert (code, fact["verdict"], fact["reason"]) == (2, "broken", "; ".join(reasons))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "@hookimpl\ndef log(self): ...",
+        "@hookimpl\ndef log(self, record, mine=3, *rest, more=4, **others): ...",
+        "@staticmethod\n@hookimpl\ndef log(record): ...",
+        "@hookimpl(optionalhook=True)\ndef of_nobody(self, anything): ...",
+        "@hookimpl(specname='log')\ndef write(self, record): ...",
+        "def state_dict(self): ...\ndef load_state_dict(self, state): ...",
+        "loss: str = 'an option may have the name of a hook'",
+    ],
+)
+def test_what_a_run_accepts_is_ok(install, printed, body):
+    install("zebra", CLASS + textwrap.indent(body, "    ") + "\n")
+    assert printed("plugins", "check", "zebra")[1][0]["reason"] == ""
+
+
+OFFERS = """\
+from trainkit.hookspecs import hookspec
+from trainkit.plugin import hookimpl, plugin
+class Specs:
+    @hookspec("notify")
+    def alarm(self, run, message): ...
+@plugin
+class X:
+    "Offers a hook."
+    hookspecs = (Specs,)
+"""
+
+
+def test_a_hook_that_another_plugin_offers_is_a_hook(install, only, printed):
+    install("zebra", CLASS + "    @hookimpl\n    def alarm(self, message): ...\n")
+    install("okapi", CLASS + "    @hookimpl\n    def alarm(self, text): ...\n")
+    install("lion", OFFERS)
+    only("zebra", "okapi", "lion")
+    reason = "alarm: the hook has no argument 'text'; it has run, message"
+    assert [fact["reason"] for fact in printed("plugins", "check", "zebra", "okapi")[1]] == ["", reason]
+    assert [fact["reason"] for fact in printed("plugins", "check")[1]] == ["", reason, ""]
+
+
+@pytest.mark.parametrize("module", ["json", "acme_zebra", "trainkit", "attrs"])
+def test_nothing_is_imported_from_the_current_folder(install, tmp_path, monkeypatch, module):
+    install("zebra")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    (downloads / f"{module}.py").write_text("open('imported', 'w')\n")
+    # -P: the process that checks must start in spite of what lies there; its path gets the folder as Python gives it
+    code = (
+        f"import sys; from trainkit.cli import main; sys.path.insert(0, {str(downloads)!r}); sys.path.insert(0, ''); "
+        "sys.exit(main(['plugins', 'check', 'zebra']))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=downloads, capture_output=True, check=False)
+    assert (done.returncode, (downloads / "imported").exists()) == (0, False), done.stdout
 
 
 MEETING = """\
@@ -199,10 +325,9 @@ def test_the_contract_has_every_hook_in_the_order_of_life(printed):
         assert "implementers" not in fact
 
 
-def test_implementers_are_named_on_demand(install, printed, monkeypatch):
+def test_implementers_are_named_on_demand(install, only, printed):
     install("zebra")
-    mine = trainkit_inspector.installed()["zebra"]
-    monkeypatch.setattr(trainkit_inspector, "installed", lambda: {"zebra": mine})
+    only("zebra")
     implementers = {fact["hook"]: fact["implementers"] for fact in printed("hooks", "--implementers")[1]}
     assert {hook for hook, names in implementers.items() if names == ["zebra"]} == {"fit_start", "log"}
     assert {hook for hook, names in implementers.items() if names == []} == set(implementers) - {"fit_start", "log"}
