@@ -1,5 +1,7 @@
 import pickle
 import random
+import subprocess
+import sys
 from time import perf_counter, sleep
 from types import SimpleNamespace
 
@@ -307,3 +309,28 @@ def test_a_pass_outside_of_the_loop_has_the_order_of_the_epoch():
     run = build_run({})
     seen = torch.cat([batch.indices for batch in run.iterate("train")])
     assert torch.equal(seen, epoch_permutation(0, 0, 32))
+
+
+EXITS = """
+import torch
+from trainkit.data import Batches
+
+class Fails:
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return (torch.zeros(3, 2, 2, dtype=torch.uint8), 0) if index != 30 else 1 / 0
+
+batches = Batches(Fails(), 2, torch.device("cpu"), workers=2)
+try:
+    list(batches.iterate())
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_although_its_workers_ignore_sigterm():
+    done = subprocess.run([sys.executable, "-c", EXITS], capture_output=True, text=True, timeout=40, check=False)
+    assert (done.returncode, done.stdout) == (0, "DataError\n"), done.stderr
