@@ -7,6 +7,7 @@ image under random generators that depend on seed, epoch and index alone.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
@@ -333,6 +334,7 @@ class Batches:
             persistent_workers=self.workers > 0,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_leave_signals_to_the_run,
+            generator=torch.Generator(),  # else each pass draws from the global one, to seed its workers
         )
 
     def _decode(self, chunks: list[list[int]], before: Tensor, epoch: int) -> Iterator[Batch]:
@@ -398,13 +400,16 @@ def _from_worker(text: str) -> DataError | None:
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Ignore the signals that stop a run: they reach the whole process group, and the run still needs its workers.
+    """Leave the process group: Ctrl-C, ``timeout`` and others signal all of it, and a run that saves needs its workers.
 
-    A run that saves and ends tells its workers to end; those of a run that died notice it by themselves.
+    The workers of a run that ends are told to end, and those of one that died notice it by themselves.
     """
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(os, "setpgid"):  # Windows has no process groups
+        os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler that is inherited from the run
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class _Decoded(Dataset[tuple[Tensor, Any, int]]):

@@ -107,6 +107,8 @@ def fit(
     elif run.finished and (recorded := _recorded_result(run.dir)):
         return recorded  # nothing is left to do, so no file is touched
     run.stop_reason, run.exit_code = None, 0
+    if not run.finished:
+        run.tested = {}  # of the weights at an earlier stop; those at the end are tested again
     with run.dir.exclusive():
         _refuse_overtaken(run, run.dir, new)
         run.dir.remove_parts()
