@@ -191,9 +191,9 @@ def test_a_grey_value_of_two_channels_is_not_its_alpha(tmp_path):
 
 def test_the_first_frame_counts(tmp_path):
     frames = [Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in (255, 0, 99)]
-    for kind in ("gif", "png", "tiff"):
+    for kind in ("gif", "png", "tiff", "mpo"):
         image = saved(tmp_path / f"x.{kind}", frames[0], save_all=True, append_images=frames[1:])
-        assert image[:, 0, 0].tolist() == [255, 0, 0]
+        assert (image[:, 0, 0] - torch.tensor([255, 0, 0])).abs().max() <= 2
 
 
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)

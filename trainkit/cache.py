@@ -79,6 +79,7 @@ def file_digests(
         DataError: a file cannot be read.
     """
     path = cache_path("digests", folder, ".json")
+    within = os.path.join(folder, "")  # joined as text: Path takes longer than asking for the file's status
     known = _load(path)
     digests: dict[str, str] = {}
     kept: dict[str, tuple[Key, str]] = {}
@@ -86,12 +87,13 @@ def file_digests(
     size = 0
     for name in names:
         try:
-            key = file_key(os.stat(folder / name))
+            key = file_key(os.stat(within + name))
         except OSError:  # reading it says why
             key = (0, 0, 0, 0)
-        if name in known and known[name][0] == key:
-            kept[name] = known[name]
-            digests[name] = known[name][1]
+        entry = known.get(name)
+        if entry is not None and entry[0] == key:
+            kept[name] = entry
+            digests[name] = entry[1]
         else:
             changed.append(name)
             size += key[1]
@@ -100,7 +102,7 @@ def file_digests(
     now = time.time_ns()
 
     def read(name: str) -> tuple[Key, str]:
-        content, status = read_file(folder / name)
+        content, status = read_file(within + name)
         return file_key(status), blake2b(content, digest_size=16).hexdigest()
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:

@@ -143,9 +143,11 @@ class ImageFolder:
         train = self._split(run, self.train, classes, passed_over, self.random_resized_crop)
         test = self._split(run, self.test, classes, passed_over)
         if passed_over:
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in passed_over.most_common(_NAMED))
+            kinds = ", ".join(f"{number:,} {kind}" for kind, number in passed_over.most_common(_NAMED))
             more = ", ..." if len(passed_over) > _NAMED else ""
-            _say(run, f"{self.root}: passed over {passed_over.total():,} files: {kinds}{more}")
+            count = passed_over.total()
+            files = "file" if count == 1 else "files"
+            _say(run, f"{self.root}: passed over {count:,} {files}: {kinds}{more}")
         to_hold = [test] if self.random_resized_crop else [train, test]
         height, width = sides(self.size)
         in_memory = self.in_memory
@@ -195,7 +197,7 @@ class ImageFolder:
 
         contents = file_digests(folder, names, self.workers, announce)
         # Neither where the files lie nor when they were copied: what they hold.
-        identity = classes, self.size, [(Path(n).as_posix(), c) for n, c in zip(names, contents, strict=True)]
+        identity = classes, self.size, [(n.replace(os.sep, "/"), c) for n, c in zip(names, contents, strict=True)]
         digest = blake2b(repr(identity).encode(), digest_size=16).hexdigest()
         return FolderSplit(samples, self.size, digest, crop)
 
@@ -218,7 +220,7 @@ def _class_folders(folder: Path, passed_over: Counter[str]) -> tuple[str, ...]:
         if stat.S_ISDIR(status.st_mode):
             found.append(entry.name)
         elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-            passed_over["images in no class folder"] += 1
+            passed_over["in no class folder"] += 1
         else:
             passed_over[_kind(os.path.splitext(entry.name)[1])] += 1
     if not found:

@@ -216,7 +216,7 @@ def test_images_in_deeper_folders_count_and_hidden_or_other_files_do_not(root):
     picture(5, 8, 8).save(root / "train" / "lost.png")
     said = []
     data = opened(said, root=root, size=8)
-    assert said == [f"{root}: passed over 3 files: 2 .txt, 1 images in no class folder"]
+    assert said == [f"{root}: passed over 3 files: 2 .txt, 1 in no class folder"]
     assert data.classes == ("a", "b", "c")
     assert data.train.targets.tolist() == [0] * 5 + [1] * 4 + [2] * 4
     assert torch.equal(data.train.images[2], PILToTensor()(picture(5, 8, 8)))  # after 0.png and 1.png
