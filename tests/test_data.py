@@ -1,4 +1,6 @@
 import pickle
+import subprocess
+import sys
 from time import perf_counter, sleep
 from types import SimpleNamespace
 
@@ -234,3 +236,13 @@ def test_a_given_digest_identifies_a_split_and_its_parts():
     indices = torch.tensor([4, 0, 5])
     assert subset(given_one, indices).fingerprint() == subset(Lazy(), indices).fingerprint()
     assert subset(given_one, indices.flip(0)).fingerprint() != subset(given_one, indices).fingerprint()
+
+
+def test_a_process_that_leaves_workers_to_themselves_ends():
+    code = (
+        "import torch; from trainkit.data import Batches\n"
+        "split = [(torch.zeros(3, 2, 2, dtype=torch.uint8), 0)] * 4\n"
+        "next(Batches(split, 2, torch.device('cpu'), workers=1).iterate())\n"
+        "kept = Batches(split, 2, torch.device('cpu'), workers=1); passing = kept.iterate(); next(passing)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)

@@ -11,6 +11,7 @@ import random
 import re
 import signal
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -287,6 +288,8 @@ class Batches:
         self.seed = seed
         self._loader: DataLoader[Any] | None = None if isinstance(self.split, TensorSplit) else self._new_loader()
         self._in_use = False
+        if self._loader is not None:  # Python ends by waiting for workers, which ignore the signal that it sends them
+            weakref.finalize(self, _end_workers, self._loader)
 
     def __len__(self) -> int:
         """Return the number of batches of one pass over the split in its own order."""
