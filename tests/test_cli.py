@@ -21,6 +21,7 @@ def test_run_reports_and_leaves_a_complete_directory(small, trainkit):
         "recipe.yaml",
         "plugins.lock.json",
         "environment.json",
+        "data.json",
         "metrics.jsonl",
         "metrics.csv",
         "checkpoints/best.pt",
