@@ -311,6 +311,27 @@ def test_a_pass_outside_of_the_loop_has_the_order_of_the_epoch():
     assert torch.equal(seen, epoch_permutation(0, 0, 32))
 
 
+def test_a_given_digest_identifies_a_split_and_its_parts():
+    images, targets = torch.zeros(6, 1, 2, 2, dtype=torch.uint8), torch.arange(6)
+    plain, given_one = TensorSplit(images, targets), TensorSplit(images, targets, digest="of the files")
+    assert given_one.fingerprint() == given_one.to(torch.device("cpu")).fingerprint() == "of the files"
+    assert plain.fingerprint() == TensorSplit(images.clone(), targets).fingerprint() != "of the files"
+
+    class Lazy:
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            return images[index], int(targets[index])
+
+        def fingerprint(self):
+            return "of the files"
+
+    indices = torch.tensor([4, 0, 5])
+    assert subset(given_one, indices).fingerprint() == subset(Lazy(), indices).fingerprint()
+    assert subset(given_one, indices.flip(0)).fingerprint() != subset(given_one, indices).fingerprint()
+
+
 EXITS = """
 import torch
 from trainkit.data import Batches
@@ -331,6 +352,6 @@ except Exception as error:
 
 
 @pytest.mark.slow
-def test_a_process_ends_although_its_workers_ignore_sigterm():
+def test_a_process_whose_workers_are_still_at_work_ends():
     done = subprocess.run([sys.executable, "-c", EXITS], capture_output=True, text=True, timeout=40, check=False)
     assert (done.returncode, done.stdout) == (0, "DataError\n"), done.stderr

@@ -54,6 +54,8 @@ __all__ = [
     "file_digest",
     "fingerprint",
     "from_files",
+    "machine",
+    "material",
     "record",
     "state_digest",
     "write",
@@ -70,7 +72,10 @@ Effect = Literal["numbers", "length", "none"]
 RECIPE_LENGTH = {"epochs", "max_steps"}
 RECIPE_NOTES = {"name", "description", "source", "expect", "requires", "device"}  # the device in use is recorded
 PLUGIN_NOTES = {"source", "observer", "without_effect"}
-ENVIRONMENT_NOTES = {"platform", "waiting", "observers_packages", "revision"}
+#: A patch version of Python changes no arithmetic, so :func:`_is_note` lets it pass, too; another minor version may
+#: draw, sort or round differently. Variables that set threads are recorded as what they set: `threads`.
+ENVIRONMENT_NOTES = {"platform", "waiting", "observers_packages", "revision", "trainkit.version"}
+THREAD_VARIABLES = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"}
 DATA_NOTES = {"preprocessing"}
 
 #: Variables that change what torch, its libraries or a GPU compute.
@@ -107,7 +112,9 @@ def record(run: Run) -> dict[str, Any]:
 def recipe_record(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe with its defaults; the plugins' options stand in the records of the plugins."""
     plain = {name: value for name, value in recipe.to_dict().items() if name != "plugins"}
-    return {**plain, "test_batch_size": recipe.test_batch_size or recipe.batch_size}
+    if plain.get("test_batch_size") == recipe.batch_size:  # the default, written out
+        del plain["test_batch_size"]
+    return plain
 
 
 def plugin_records(plugins: Mapping[str, LoadedPlugin]) -> list[dict[str, Any]]:
@@ -484,9 +491,40 @@ def state_digest(state: Mapping[str, Any]) -> str:
         state: a state, from a run or from a checkpoint.
     """
     watching = {plugin["name"] for plugin in state["provenance"].get("plugins", []) if plugin.get("observer")}
-    material = {name: state[name] for name in ("model", "optimizer", "schedules", "position", "history", "non_finite")}
-    material["plugins"] = {name: saved["state"] for name, saved in state["plugins"].items() if name not in watching}
-    return digest(material)
+    parts = ("model", "optimizer", "schedules", "position", "history", "metric_info", "non_finite")
+    chosen = {name: state[name] for name in parts}
+    chosen["plugins"] = {name: saved["state"] for name, saved in state["plugins"].items() if name not in watching}
+    return digest(chosen)
+
+
+def material(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of a record that decide a run's numbers, but for the machine: without notes and observers.
+
+    Whoever runs the same recipe with the same code and data has the same material, wherever that is.
+    """
+    plugins = []
+    for plugin in record["plugins"]:
+        if not plugin["observer"]:
+            options = {n: v for n, v in plugin["options"].items() if n not in plugin["without_effect"]}
+            version = plugin["version"] if plugin["code"] is None else None  # the same code computes the same
+            plugins.append({"name": plugin["name"], "version": version, "code": plugin["code"], "options": options})
+    watching = _observers([record["plugins"]])
+    return {
+        "recipe": {name: value for name, value in record["recipe"].items() if name not in RECIPE_NOTES},
+        "plugins": plugins,
+        "core": record["environment"]["trainkit"]["code"],
+        "data": {name: value for name, value in record["data"].items() if name not in DATA_NOTES},
+        "declared": {name: value for name, value in record["declared"].items() if name not in watching},
+    }
+
+
+def machine(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of a record's environment that decide a run's bits, as nested values, without notes."""
+    found: dict[str, Any] = {}
+    for key, (value,) in _differing([record["environment"]], all_of_them=True):
+        if not _is_note("environment", key, (value,)):
+            found[key] = ".".join(value.split(".")[:2]) if key == "python" else value
+    return found
 
 
 def digest(value: Any) -> str:
@@ -533,19 +571,19 @@ def write(made: Mapping[str, Any], run_dir: RunDir) -> None:
 
 
 def from_files(
-    recipe: Recipe, plugins: Sequence[Mapping[str, Any]], environment: Mapping[str, Any], data: Mapping[str, Any]
+    recipe: Recipe | None, plugins: Sequence[Mapping[str, Any]], environment: Mapping[str, Any], data: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the record that a run directory holds.
 
     Args:
-        recipe: what ``recipe.yaml`` holds, resolved.
+        recipe: what ``recipe.yaml`` holds, resolved; None where it cannot be read.
         plugins: what ``plugins.lock.json`` holds.
         environment: what ``environment.json`` holds.
         data: what ``data.json`` holds.
     """
     rest = {name: value for name, value in environment.items() if name != "declared"}
     return {
-        "recipe": recipe_record(recipe),
+        "recipe": {} if recipe is None else recipe_record(recipe),
         "plugins": plugins,
         "environment": rest,
         "data": data,
@@ -590,17 +628,23 @@ def compare(*records: Mapping[str, Any]) -> list[Difference]:
     environments = [made.get("environment", {}) for made in records]
     data = [made.get("data", {}) for made in records]
     declarations = [made.get("declared", {}) for made in records]
-    watching = {
-        plugin["name"] for listed in plugins for plugin in listed if plugin.get("observer")
-    }  # neither these, nor what they declare, can change a number
-    found = [
+    watching = _observers(plugins)
+    return [
         *_compare_recipes(recipes),
         *_compare_plugins(plugins),
-        *_compare_parts("environment", environments, ENVIRONMENT_NOTES),
-        *_compare_parts("data", data, DATA_NOTES),
+        *_compare_parts("environment", environments),
+        *_compare_parts("data", data),
         *_compare_parts("declared", declarations, watching),
     ]
-    return [difference for difference in found if difference.key != "environment.trainkit.version"]
+
+
+def _observers(lists: Sequence[Sequence[Mapping[str, Any]]]) -> set[str]:
+    """Return the names of plugins of which every record that lists them says that they only watch.
+
+    Neither these, nor what they declare, can change a number.
+    """
+    listing = [plugin for plugins in lists for plugin in plugins]
+    return {p["name"] for p in listing} - {p["name"] for p in listing if not p.get("observer")}
 
 
 def _compare_recipes(recipes: Sequence[Mapping[str, Any]]) -> Iterator[Difference]:
@@ -644,25 +688,41 @@ def _compare_plugin(name: str, listing: Sequence[Mapping[str, Any]]) -> Iterator
     for fact, values in _differing(facts):
         note = fact.partition(".")[0] in PLUGIN_NOTES or (same_code and fact in ("version", "distribution"))
         yield Difference(f"plugins.{name} {fact}", values, "none" if note else "numbers")
-    without_effect = {option for plugin in listing for option in plugin.get("without_effect", ())}
+    without_effect = set.intersection(*({*plugin.get("without_effect", ())} for plugin in listing))
     for option, values in _differing([plugin.get("options", {}) for plugin in listing]):
         note = option.partition(".")[0] in without_effect
         yield Difference(f"plugins.{name}.{option}", values, "none" if note else "numbers")
 
 
-def _compare_parts(prefix: str, parts: Sequence[Mapping[str, Any]], notes: set[str]) -> Iterator[Difference]:
-    for key, values in _differing(parts):
-        note = key.partition(".")[0] in notes
-        yield Difference(f"{prefix}.{key}", values, "none" if note else "numbers")
+def _compare_parts(
+    part: str, trees: Sequence[Mapping[str, Any]], watching: set[str] | None = None
+) -> Iterator[Difference]:
+    for key, values in _differing(trees):
+        note = _is_note(part, key, values) or key.partition(".")[0] in (watching or ())
+        yield Difference(f"{part}.{key}", values, "none" if note else "numbers")
 
 
-def _differing(trees: Sequence[Any], key: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Yield the dotted keys at which nested mappings differ, with the values there."""
+def _is_note(part: str, key: str, values: Sequence[Any]) -> bool:
+    """Tell whether a difference within the environment or the data cannot change a bit."""
+    first, _, rest = key.partition(".")
+    if part == "data":
+        return first in DATA_NOTES
+    if part != "environment":
+        return False
+    if key == "python":  # patch versions
+        return len(values) > 1 and not _differ([str(value).split(".")[:2] for value in values])
+    return first in ENVIRONMENT_NOTES or key in ENVIRONMENT_NOTES or (first == "variables" and rest in THREAD_VARIABLES)
+
+
+def _differing(
+    trees: Sequence[Any], key: str = "", *, all_of_them: bool = False
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yield the dotted keys at which nested mappings differ, or all of them, with the values there."""
     if all(isinstance(tree, Mapping) for tree in trees):
         for name in dict.fromkeys(name for tree in trees for name in tree):
             inner = [tree.get(name, ABSENT) for tree in trees]
-            yield from _differing(inner, f"{key}.{name}" if key else str(name))
-    elif _differ(trees):
+            yield from _differing(inner, f"{key}.{name}" if key else str(name), all_of_them=all_of_them)
+    elif all_of_them or _differ(trees):
         yield key, tuple(trees)
 
 

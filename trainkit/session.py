@@ -94,6 +94,8 @@ def fit(
             f"the run {run.recipe.name!r} has failed, within a step perhaps; continue it from its last checkpoint with "
             "trainkit.resume, or build it again"
         )
+    if run.is_stopping():  # this process asked it to stop, and now to go on
+        run.ended = None
     new = run.dir is None
     if run.dir is None:
         run.dir = RunDir.create(run.recipe, Path(run_dir) if run_dir is not None else None)
@@ -229,7 +231,7 @@ def _test(run: Run, trainer: Trainer) -> None:
     These are the weights of ``best.pt``, where a plugin saved it, else the last ones. The run itself keeps its last
     weights.
     """
-    ended = run.finished or trainer.trial_over or (run.is_stopping() and run.exit_code == 0)
+    ended = run.finished or trainer.trial_over
     if run.data.validation is None or run.tested or not ended:
         return
     run.stop_reason, reason = None, run.stop_reason

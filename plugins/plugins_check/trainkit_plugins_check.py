@@ -142,7 +142,7 @@ def place_of(error: BaseException) -> str:
 
 def describe_class(cls: type) -> Description:
     """Describe a plugin's class."""
-    from trainkit.hooks import declared
+    from trainkit.plugin import declared
 
     implementations, methods = [], []
     for name, function in inspect.getmembers(cls, inspect.isroutine):

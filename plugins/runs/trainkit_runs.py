@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 from attrs import field
@@ -22,6 +22,9 @@ from trainkit.cli.output import error, number, print_json, printable, table, ter
 from trainkit.errors import TrainkitError, UsageError
 from trainkit.registry import installed
 from trainkit.rundir import RunDir
+
+if TYPE_CHECKING:
+    from trainkit.recipe import Recipe
 
 __all__ = ["CHECK", "COMPARE", "LIST", "SHOW", "Finding", "StoredRun"]
 
@@ -45,12 +48,18 @@ class StoredRun:
     problems: list[str] = field(factory=list, init=False)
 
     @cached_property
-    def recipe(self) -> dict[str, Any]:
-        """The resolved recipe."""
+    def loaded(self) -> Recipe | None:
+        """The resolved recipe, or None where it cannot be read."""
         from trainkit.recipe import load_recipe
 
         path = RunDir(self.folder).recipe_path()
-        return self._read(path, lambda: load_recipe(path).to_dict()) or {}
+        recipe: Recipe | None = self._read(path, lambda: load_recipe(path))
+        return recipe
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe as plain data."""
+        return self.loaded.to_dict() if self.loaded else {}
 
     @cached_property
     def plugins(self) -> list[dict[str, Any]]:
@@ -63,6 +72,11 @@ class StoredRun:
         return self._read_json("environment.json", mapping_from_json) or {}
 
     @cached_property
+    def data(self) -> dict[str, Any]:
+        """What is recorded of the data set."""
+        return self._read_json("data.json", mapping_from_json) or {}
+
+    @cached_property
     def result(self) -> dict[str, Any]:
         """How the run ended and what it reached; for one that has not ended, what it has reached so far."""
         if not (self.folder / "result.json").exists():
@@ -71,7 +85,7 @@ class StoredRun:
 
     def record(self) -> dict[str, Any]:
         """Return what the run's numbers depend on."""
-        return provenance.from_files(self.recipe, self.plugins, self.environment)
+        return provenance.from_files(self.loaded, self.plugins, self.environment, self.data)
 
     def files(self) -> dict[str, int]:
         """Return the size of each file, by path."""
@@ -258,9 +272,10 @@ class ShowRun:
             "result.json": run.result,
             "plugins.lock.json": run.plugins,
             "environment.json": run.environment,
+            "data.json": run.data,
             "files": run.files(),
         }
-        made_by = flat({**run.recipe, "plugins": {}, "environment": run.environment})
+        made_by = flat({**run.recipe, "plugins": {}, "environment": run.environment, "data": run.data})
         columns = ["name", "version", "source", "options"]
         plugins = [[cell(plugin.get(column)) for column in columns] for plugin in run.plugins]
         files = [(name, number(size)) for name, size in run.files().items()]
@@ -366,6 +381,7 @@ def check_files(run_dir: RunDir) -> Iterator[Finding]:
         "recipe.yaml": check_recipe,
         "plugins.lock.json": check_lock,
         "environment.json": check_environment,
+        "data.json": check_data,
         "result.json": check_result,
         "metrics.jsonl": check_records,
         "metrics.csv": check_epochs,
@@ -373,7 +389,7 @@ def check_files(run_dir: RunDir) -> Iterator[Finding]:
         "checkpoints/previous.pt": check_checkpoint,
         "checkpoints/best.pt": check_checkpoint,
     }
-    always_there = ("plugins.lock.json", "environment.json")
+    always_there = ("plugins.lock.json", "environment.json", "data.json")
     for name, check in checks.items():
         path = run_dir.path / name
         if not path.exists() and name not in always_there:
@@ -402,6 +418,12 @@ def check_lock(run_dir: RunDir, name: str) -> str:
 def check_environment(run_dir: RunDir, name: str) -> str:
     """Read the environment; return the device."""
     return f"device {run_dir.read_json(name)['device']}"
+
+
+def check_data(run_dir: RunDir, name: str) -> str:
+    """Read what is recorded of the data set; return the sizes of its splits."""
+    splits = mapping_from_json(run_dir.read_json(name))["splits"]
+    return ", ".join(f"{split['images']:,} {part} images" for part, split in splits.items())
 
 
 def check_result(run_dir: RunDir, name: str) -> str:

@@ -8,7 +8,7 @@ from trainkit import TrainkitError, fit
 from trainkit.errors import RecipeError
 from trainkit.plugin import hookimpl, plugin
 from trainkit.rundir import RunDir
-from trainkit.testing import build_run
+from trainkit.testing import assert_refuses, build_run, watch
 from trainkit_figures import Figures
 
 HEADER = "epoch,train_loss,test_loss,test_accuracy\n"
@@ -65,6 +65,14 @@ def test_labels_name_recipe_splits_and_best_epoch(tmp_path):
     assert "best test 0.9000 (epoch 2)" in loss
     assert "best test 57.25 (epoch 2)" in accuracy
     assert not any("published" in text or "expected" in text for text in loss)
+
+
+def test_with_a_validation_split_its_curve_is_drawn(tmp_path):
+    held_out = watch(transform_data=lambda data: data.replace(validation=data.test))
+    fit(build_run({"held_out": held_out, "loss": Loss(), "figures": Figures()}, epochs=3), tmp_path)
+    labels = texts(tmp_path / "figures" / "loss.svg")
+    assert {"Train vs Validation Loss: test", "validation", "best validation 0.3333 (epoch 3)"} <= set(labels)
+    assert "test" not in labels
 
 
 def test_the_published_curve_is_laid_over_as_far_as_the_recipe_goes(tmp_path, published):
@@ -164,7 +172,7 @@ def test_a_wrong_published_file_is_an_error_before_training(tmp_path, content, m
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     run = build_run({"figures": Figures(published=path)})
-    with pytest.raises(RecipeError, match=rf"'figures', fit_start: published: .*curve\.csv.*{message}"):
+    with pytest.raises(RecipeError, match=rf"figures.*published: .*curve\.csv.*{message}"):
         fit(run, tmp_path / "run")
     assert run.step == 0
 
@@ -180,5 +188,4 @@ def test_pyplot_and_its_settings_are_left_alone(tmp_path):
 
 
 def test_every_cannot_be_negative():
-    with pytest.raises(ValueError, match="'every'"):
-        Figures(every=-1)
+    assert_refuses(Figures, "every", -1)
