@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from trainkit import provenance
 from trainkit.cli.output import error, number, print_json, printable, table, terminal
 from trainkit.errors import TrainkitError, UsageError
 from trainkit.registry import installed
-from trainkit.rundir import RunDir
+from trainkit.rundir import RunDir, parse_json
 
 __all__ = ["CHECK", "COMPARE", "LIST", "SHOW", "Finding", "StoredRun"]
 
@@ -63,6 +64,11 @@ class StoredRun:
         return self._read_json("environment.json", mapping_from_json) or {}
 
     @cached_property
+    def data(self) -> dict[str, Any]:
+        """What identifies the images, targets and classes."""
+        return self._read_json("data.json", mapping_from_json) or {}
+
+    @cached_property
     def result(self) -> dict[str, Any]:
         """How the run ended and what it reached; for one that has not ended, what it has reached so far."""
         if not (self.folder / "result.json").exists():
@@ -71,7 +77,11 @@ class StoredRun:
 
     def record(self) -> dict[str, Any]:
         """Return what the run's numbers depend on."""
-        return provenance.from_files(self.recipe, self.plugins, self.environment)
+        from trainkit.recipe import from_dict
+
+        return provenance.from_files(
+            from_dict(self.recipe) if self.recipe else None, self.plugins, self.environment, self.data
+        )
 
     def files(self) -> dict[str, int]:
         """Return the size of each file, by path."""
@@ -121,9 +131,14 @@ def plugins_from_json(value: Any) -> list[dict[str, Any]]:
 def epochs_of(path: Path) -> list[dict[str, float]]:
     """Return the rows of a table of epochs, without empty cells; none where there is no such table."""
     try:
-        with path.open(newline="") as file:
-            return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError):  # not there yet, cell that is no number, more cells than headings
+        rows = csv.DictReader(io.StringIO(RunDir(path.parent).read_log(path.name).decode(), newline=""))
+        return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        csv.Error,
+    ):  # not there yet, cell that is no number, more cells than headings
         return []
 
 
@@ -136,7 +151,8 @@ def find_runs(folder: Path) -> list[Path]:
     for depth in ("*", "*/*"):
         for name in ("recipe.yaml", "result.json"):
             for path in folder.glob(f"{depth}/{name}"):
-                written[path.parent] = max(path.stat().st_mtime, written.get(path.parent, 0.0))
+                with suppress(OSError):  # a link that leads nowhere
+                    written[path.parent] = max(path.stat().st_mtime, written.get(path.parent, 0.0))
     return sorted(written, key=lambda run: (written[run], run), reverse=True)
 
 
@@ -258,6 +274,7 @@ class ShowRun:
             "result.json": run.result,
             "plugins.lock.json": run.plugins,
             "environment.json": run.environment,
+            "data.json": run.data,
             "files": run.files(),
         }
         made_by = flat({**run.recipe, "plugins": {}, "environment": run.environment})
@@ -366,6 +383,7 @@ def check_files(run_dir: RunDir) -> Iterator[Finding]:
         "recipe.yaml": check_recipe,
         "plugins.lock.json": check_lock,
         "environment.json": check_environment,
+        "data.json": check_data,
         "result.json": check_result,
         "metrics.jsonl": check_records,
         "metrics.csv": check_epochs,
@@ -373,7 +391,7 @@ def check_files(run_dir: RunDir) -> Iterator[Finding]:
         "checkpoints/previous.pt": check_checkpoint,
         "checkpoints/best.pt": check_checkpoint,
     }
-    always_there = ("plugins.lock.json", "environment.json")
+    always_there = ("plugins.lock.json", "environment.json", "data.json")
     for name, check in checks.items():
         path = run_dir.path / name
         if not path.exists() and name not in always_there:
@@ -404,6 +422,11 @@ def check_environment(run_dir: RunDir, name: str) -> str:
     return f"device {run_dir.read_json(name)['device']}"
 
 
+def check_data(run_dir: RunDir, name: str) -> str:
+    """Read what identifies the data; return the number of classes."""
+    return f"{len(run_dir.read_json(name)['classes'])} classes"
+
+
 def check_result(run_dir: RunDir, name: str) -> str:
     """Read the result; return how the run ended."""
     return str(run_dir.read_json(name)["status"])
@@ -411,11 +434,11 @@ def check_result(run_dir: RunDir, name: str) -> str:
 
 def check_records(run_dir: RunDir, name: str) -> str:
     """Read a log: every line is a record, and neither epochs nor steps go back. Return how far it goes."""
-    lines = (run_dir.path / name).read_bytes().splitlines(keepends=True)
+    lines = run_dir.read_log(name).splitlines(keepends=True)
     last = {"epoch": 0, "step": 0}
     for line_number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line) if line.endswith(b"\n") else {}
+            record = parse_json(line) if line.endswith(b"\n") else {}
             position = {"epoch": record["epoch"], "step": record["step"]}
             back = [key for key in position if position[key] < last[key]]
         except (KeyError, TypeError, ValueError) as problem:
@@ -428,7 +451,7 @@ def check_records(run_dir: RunDir, name: str) -> str:
 
 def check_epochs(run_dir: RunDir, name: str) -> str:
     """Read a table of epochs: whole rows of numbers, epochs 1 to the last. Return how many there are."""
-    text = (run_dir.path / name).read_text(encoding="utf-8")
+    text = run_dir.read_log(name).decode()
     header, *rows = csv.reader(text.splitlines())
     whole = text.endswith("\n")
     for epoch, row in enumerate(rows, 1):
@@ -497,7 +520,7 @@ def missing_rows(run_dir: RunDir, state: Mapping[str, Any]) -> list[str]:
         return []
     counted = saved["state"]["rows"]
     log = run_dir.path / "metrics.jsonl"
-    rows = log.read_bytes().count(b"\n") if log.exists() else 0
+    rows = run_dir.read_log(log.name).count(b"\n") if log.exists() else 0
     return [f"metrics.jsonl has {rows} rows and the checkpoint counted {counted}"] if rows < counted else []
 
 

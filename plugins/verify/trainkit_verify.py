@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import math
 import tempfile
 import zipfile
@@ -20,6 +19,7 @@ from attrs import field
 
 from trainkit.cli.output import print_json, printable, table, terminal
 from trainkit.errors import TrainkitError, UsageError
+from trainkit.rundir import RunDir, parse_json
 from trainkit_ledger import FILE, START, Ledger, chain_of, link, material, record_line
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from trainkit import Run
     from trainkit.provenance import Difference
     from trainkit.recipe import Recipe
-    from trainkit.rundir import RunDir
 
 __all__ = ["SEAL", "VERIFY", "Check", "Verification", "seal", "verify"]
 
@@ -144,7 +143,7 @@ def verify(
 def _check_files(run_dir: RunDir, found: Verification) -> list[dict[str, Any]]:
     """Check the chain, the records and the results against each other, and return the ledger's entries."""
     try:
-        entries = [json.loads(line) for line in (run_dir.path / FILE).read_text().splitlines()]
+        entries = rows_of(run_dir, FILE)
         chain = START
         for number, entry in enumerate(entries):
             chain = chain_of(chain, entry)
@@ -170,10 +169,20 @@ def _check_files(run_dir: RunDir, found: Verification) -> list[dict[str, Any]]:
     return entries
 
 
+def rows_of(run_dir: RunDir, name: str) -> list[dict[str, Any]]:
+    """Return the rows of a log, one JSON document each.
+
+    Raises:
+        OSError: it is missing or no regular file.
+        ValueError: a row is no JSON document.
+    """
+    return [parse_json(line) for line in run_dir.read_log(name).splitlines()]
+
+
 def _wrong_records(run_dir: RunDir, entries: list[dict[str, Any]]) -> str:
     """Return where metrics.jsonl differs from the ledger's hashes of it, or the empty string."""
     try:
-        rows = [json.loads(line) for line in (run_dir.path / "metrics.jsonl").read_text().splitlines()]
+        rows = rows_of(run_dir, "metrics.jsonl")
     except (OSError, ValueError) as error:
         return f"metrics.jsonl cannot be read: {error}" if entries[-1]["rows"] else ""
     records = START
@@ -195,11 +204,10 @@ def _wrong_table(run_dir: RunDir) -> str:
     if not path.exists():
         return ""
     records = {}
-    for line in (run_dir.path / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in rows_of(run_dir, "metrics.jsonl"):
         if "lr" in row:  # the record of an epoch
             records[float(row["epoch"]), float(row["step"])] = row
-    for number, row in enumerate(csv.DictReader(io.StringIO(path.read_text())), start=2):
+    for number, row in enumerate(csv.DictReader(io.StringIO(run_dir.read_log(path.name).decode())), start=2):
         try:
             numbers = {name: float(text) for name, text in row.items() if text}
             record = records[numbers["epoch"], numbers["step"]]
@@ -223,7 +231,7 @@ def _wrong_result(run_dir: RunDir, entries: list[dict[str, Any]]) -> str:
         return f"result.json: the ledger's last hash is {last['chain']}, and it has {claimed.get('chain')}"
     if result.get("steps") != last["step"] or result.get("epochs") != last["epoch"]:
         return f"result.json: {result.get('epochs')} epochs and {result.get('steps')} steps, and the ledger has others"
-    rows = [json.loads(line) for line in (run_dir.path / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(run_dir, "metrics.jsonl")
     epochs = [row for row in rows if "lr" in row]
     tested = [row for row in rows if "lr" not in row and any(name.startswith("test_") for name in row)]
     reached = {**(epochs[-1] if epochs else {}), **(tested[-1] if tested else {})}
@@ -280,7 +288,7 @@ def _recorded(run_dir: RunDir, version: Literal["first", "latest"]) -> dict[str,
 
     place = 0 if version == "first" else -1
     plugins, environment, data = (
-        json.loads(run_dir.versions(name)[place].read_text())
+        run_dir.read_json(run_dir.versions(name)[place].name)
         for name in ("plugins.lock.json", "environment.json", "data.json")
     )
     return from_files(load_recipe(run_dir.versions("recipe.yaml")[place]), plugins, environment, data)
@@ -387,7 +395,7 @@ def _replayed(recipe: Recipe, state: Mapping[str, Any] | None, steps: int) -> li
     with _replay(recipe, state) as (run, folder):
         last = run.step + steps
         fit(run, folder, max_steps=steps, eval_batches=None)
-        lines = [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+        lines = rows_of(RunDir(folder), FILE)
         return [line for line in lines if line["step"] <= last]
 
 
