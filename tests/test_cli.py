@@ -203,7 +203,7 @@ def test_numbers_read_as_people_write_them(value, text):
 
 
 def test_nothing_raw_reaches_the_terminal(small, capsys):
-    assert printable("a\x1b[31mb\x9bc\u202ed\n") == "a\\x1b[31mb\\x9bc\\x202ed\n"
+    assert printable("a\x1b[31mb\x9bc\u202ed\n") == "a\\x1b[31mb\\x9bc\\u202ed\n"
     assert main(["run", "evil\x1b]0;owned\x07.yaml"]) == 2
     assert "\x1b" not in capsys.readouterr().err
 

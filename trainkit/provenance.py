@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
-from packaging.requirements import InvalidRequirement, Requirement
 
 from trainkit import __version__
 from trainkit.errors import PluginError
 from trainkit.plugin import declared as declared_by
+from trainkit.registry import requirements
+from trainkit.rundir import open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -262,27 +263,20 @@ def _normal(name: str) -> str:
 @cache  # installing a package does not change what this process has imported
 def _version(name: str) -> str:
     try:
-        return importlib.metadata.version(name)
+        return importlib.metadata.version(name) or "unknown"
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+    except Exception:  # parsing a damaged file may raise anything
+        return "unknown"
 
 
 @cache
 def _required(name: str) -> tuple[str, ...]:
     """Return the distributions that one requires on this machine, without its extras."""
     try:
-        texts = importlib.metadata.requires(name) or []
-    except importlib.metadata.PackageNotFoundError:
+        return tuple(requirement.name for requirement in requirements(importlib.metadata.distribution(name)))
+    except (importlib.metadata.PackageNotFoundError, ValueError):
         return ()
-    names = []
-    for text in texts:
-        try:
-            requirement = Requirement(text)
-        except InvalidRequirement:  # another package's damaged metadata
-            continue
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            names.append(requirement.name)
-    return tuple(names)
 
 
 @cache
@@ -472,7 +466,7 @@ def _declared_value(implementation: Implementation, name: str, value: Path | str
 def file_digest(path: Path) -> str:
     """Return a file's content as ``blake2b:<digest>``, which says how it was made."""
     digest = blake2b(digest_size=DIGEST_SIZE)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return f"blake2b:{digest.hexdigest()}"

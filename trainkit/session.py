@@ -20,7 +20,7 @@ from trainkit.build import build, check_optimizer
 from trainkit.errors import PluginError, RecipeError, RunError, TrainkitError, UsageError
 from trainkit.recipe import Recipe, load_recipe, recipe_files
 from trainkit.run import Run, best_of, to_host
-from trainkit.rundir import RunDir
+from trainkit.rundir import MAX_LOG, RunDir, read_regular
 from trainkit.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _keep_files(run: Run, run_dir: RunDir) -> Recipe:
                 continue
             if not path.resolve().is_relative_to(run_dir.path.resolve()):
                 try:
-                    path = run_dir.write(f"files/{name}/{path.name}", path.read_bytes())
+                    path = run_dir.write(f"files/{name}/{path.name}", read_regular(path, MAX_LOG))
                 except OSError as error:
                     raise RecipeError(
                         f"{run.recipe.where}: plugins.{name}.{option}: {path}: cannot be read: {error.strerror}"

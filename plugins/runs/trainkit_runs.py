@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +22,7 @@ from trainkit import provenance
 from trainkit.cli.output import error, number, print_json, printable, table, terminal
 from trainkit.errors import TrainkitError, UsageError
 from trainkit.registry import installed
-from trainkit.rundir import RunDir
+from trainkit.rundir import RunDir, parse_json
 
 if TYPE_CHECKING:
     from trainkit.recipe import Recipe
@@ -135,9 +136,14 @@ def plugins_from_json(value: Any) -> list[dict[str, Any]]:
 def epochs_of(path: Path) -> list[dict[str, float]]:
     """Return the rows of a table of epochs, without empty cells; none where there is no such table."""
     try:
-        with path.open(newline="") as file:
-            return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError):  # not there yet, cell that is no number, more cells than headings
+        rows = csv.DictReader(io.StringIO(RunDir(path.parent).read_log(path.name).decode(), newline=""))
+        return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        csv.Error,
+    ):  # not there yet, cell that is no number, more cells than headings
         return []
 
 
@@ -150,7 +156,8 @@ def find_runs(folder: Path) -> list[Path]:
     for depth in ("*", "*/*"):
         for name in ("recipe.yaml", "result.json"):
             for path in folder.glob(f"{depth}/{name}"):
-                written[path.parent] = max(path.stat().st_mtime, written.get(path.parent, 0.0))
+                with suppress(OSError):  # a link that leads nowhere
+                    written[path.parent] = max(path.stat().st_mtime, written.get(path.parent, 0.0))
     return sorted(written, key=lambda run: (written[run], run), reverse=True)
 
 
@@ -433,11 +440,11 @@ def check_result(run_dir: RunDir, name: str) -> str:
 
 def check_records(run_dir: RunDir, name: str) -> str:
     """Read a log: every line is a record, and neither epochs nor steps go back. Return how far it goes."""
-    lines = (run_dir.path / name).read_bytes().splitlines(keepends=True)
+    lines = run_dir.read_log(name).splitlines(keepends=True)
     last = {"epoch": 0, "step": 0}
     for line_number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line) if line.endswith(b"\n") else {}
+            record = parse_json(line) if line.endswith(b"\n") else {}
             position = {"epoch": record["epoch"], "step": record["step"]}
             back = [key for key in position if position[key] < last[key]]
         except (KeyError, TypeError, ValueError) as problem:
@@ -450,7 +457,7 @@ def check_records(run_dir: RunDir, name: str) -> str:
 
 def check_epochs(run_dir: RunDir, name: str) -> str:
     """Read a table of epochs: whole rows of numbers, epochs 1 to the last. Return how many there are."""
-    text = (run_dir.path / name).read_text(encoding="utf-8")
+    text = run_dir.read_log(name).decode()
     header, *rows = csv.reader(text.splitlines())
     whole = text.endswith("\n")
     for epoch, row in enumerate(rows, 1):
@@ -519,7 +526,7 @@ def missing_rows(run_dir: RunDir, state: Mapping[str, Any]) -> list[str]:
         return []
     counted = saved["state"]["rows"]
     log = run_dir.path / "metrics.jsonl"
-    rows = log.read_bytes().count(b"\n") if log.exists() else 0
+    rows = run_dir.read_log(log.name).count(b"\n") if log.exists() else 0
     return [f"metrics.jsonl has {rows} rows and the checkpoint counted {counted}"] if rows < counted else []
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,12 +13,13 @@ if TYPE_CHECKING:
 
 __all__ = ["error", "number", "print_json", "printable", "table", "terminal"]
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
 
 def printable(text: object) -> str:
-    """Return text without control characters: names from recipes, data and metadata may carry terminal escapes."""
-    return _CONTROL.sub(lambda m: f"\\x{ord(m.group()):02x}", str(text))
+    """Return text without control characters: names from recipes, data and metadata may carry terminal escapes.
+
+    Characters that turn the direction of writing, or that show nothing, are none that may be printed either.
+    """
+    return "".join(c if c.isprintable() or c in "\t\n" else repr(c)[1:-1] for c in str(text))
 
 
 def error(message: str) -> None:
@@ -51,6 +51,9 @@ def number(value: float | None) -> str:
     """Return a number as people read it: ``3,116,378``, ``93.83``, ``0.0123``; a dash for None."""
     if value is None:
         return "-"
+    if isinstance(value, int) and abs(value) >= 10**15:  # beyond what a float holds exactly, or at all
+        digits = str(value)
+        return digits if len(digits) <= 20 else f"{digits[:6]}... ({len(digits)} digits)"
     if float(value).is_integer():
         return f"{int(value):,}"
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"

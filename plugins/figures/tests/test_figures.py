@@ -1,3 +1,4 @@
+import os
 import struct
 import sys
 import xml.etree.ElementTree as ET
@@ -157,14 +158,13 @@ def test_drawn_after_a_failure_too(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read: No such file"),
         ("", "expected rows under a line that names some of epoch, train_loss"),
         ("epoch,accuracy\n1,2\n", "expected rows under"),
         ("test_loss\n1\n", "expected rows under"),
         (HEADER, "expected rows under"),
         (HEADER + "1,1.5,1.25,50\n2,1.5,high,50\n", "line 3: not a row of numbers: .*'high'"),
         (HEADER + "1,1.5\n", "line 2: not a row of numbers"),
-        (b"\xff\xfe\x00epoch", "not a row of numbers: 'utf-8'"),
+        (b"\xff\xfe\x00epoch", "not UTF-8 text"),
     ],
 )
 def test_a_wrong_published_file_is_an_error_before_training(tmp_path, content, message):
@@ -189,3 +189,15 @@ def test_pyplot_and_its_settings_are_left_alone(tmp_path):
 
 def test_every_cannot_be_negative():
     assert_refuses(Figures, "every", -1)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "large"])
+def test_a_published_file_is_a_regular_one_of_bounded_size(tmp_path, kind):
+    path = tmp_path / "curve.csv"
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.touch()
+        os.truncate(path, 1 << 40)
+    with pytest.raises(RecipeError, match=r"curve\.csv: cannot be read: it is (no regular file|larger than 16 MiB)"):
+        Figures(published=path).fit_start()

@@ -417,7 +417,10 @@ def test_a_changed_recipe_would_not_resume_exactly(run, check):
     code, verdicts, found = check()
     assert code == 1
     assert set(verdicts.values()) == {"whole"}
-    assert found["answer"] == "would not: batch_size was 4 and is 2; plugins.sgd.lr was 0.1 and is 0.2"
+    assert (
+        found["answer"]
+        == "would not: batch_size was 4 and is 2; test_batch_size was 4 and is 2; plugins.sgd.lr was 0.1 and is 0.2"
+    )
 
 
 def test_changed_data_would_not_resume_exactly(run, check):
@@ -453,3 +456,33 @@ def test_a_run_that_another_process_writes_would_not_resume(run, check):
         code, _, found = check()
     assert (code, found["whole"]) == (1, True)
     assert "another process is writing" in found["answer"]
+
+
+@pytest.mark.parametrize("name", ["result.json", "data.json", "metrics.jsonl", "metrics.csv", "recipe.yaml"])
+@pytest.mark.parametrize("kind", ["fifo", "/dev/zero", "deep"])
+def test_no_file_of_a_run_blocks_a_command_or_ends_it_with_a_traceback(runs, capsys, name, kind):
+    path = runs / "a" / name
+    path.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "deep":
+        path.write_text("[" * 5000 + "]" * 5000)
+    else:
+        path.symlink_to(kind)
+    for arguments in (["list"], ["show", "runs/small/a"], ["compare", "runs/small/a", "runs/small/b"]):
+        code = main(["runs", *arguments])
+        said = capsys.readouterr()
+        assert code in (0, 1, 2)
+        assert "Error" not in said.err
+        assert "--traceback" not in said.err
+
+
+def test_a_link_that_leads_nowhere_is_no_run(runs, ask):
+    (runs / "c").mkdir()
+    (runs / "c" / "recipe.yaml").symlink_to("recipe.yaml")
+    assert len(ask("runs", "list")[1]) == 2
+
+
+def test_an_integer_beyond_float_is_shown(runs, capsys):
+    (runs / "a" / "result.json").write_text('{"status": "completed", "epochs": 1' + "0" * 400 + "}")
+    assert main(["runs", "list"]) == 0
