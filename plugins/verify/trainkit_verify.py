@@ -281,8 +281,10 @@ def _check_checkpoints(stored: Stored, found: Verification) -> None:
     """Hold the state in every checkpoint against the ledger."""
     from trainkit.provenance import state_digest
 
-    with suppress(TrainkitError, *STRANGE):
-        stored.result = _from_json((stored.run_dir.path / "result.json").read_text(encoding="utf-8"))
+    with suppress(*STRANGE):
+        result = _from_json((stored.run_dir.path / "result.json").read_text(encoding="utf-8"))
+        stored.result = result if isinstance(result, dict) else None
+    with suppress(*STRANGE):
         stored.lock = _from_json(stored.run_dir.versions("plugins.lock.json")[-1].read_text(encoding="utf-8"))
     wrong, strange, fitting = [], [], []
     for path in sorted((stored.run_dir.path / "checkpoints").glob("*.pt")):
@@ -446,8 +448,8 @@ def _wrong_result(stored: Stored) -> str:
     if not path.exists():
         return ""
     result = stored.result
-    if not isinstance(result, dict):
-        return f"result.json: not an object of its own: {path.stat().st_size} bytes"
+    if result is None:
+        return "result.json: not a JSON object, or one that has a name twice"
     last, recipe = stored.entries[-1], load_recipe(stored.run_dir.recipe_path())
     claimed = dict(result["evidence"]["ledger"])
     claimed.pop("files", None)
@@ -477,7 +479,7 @@ def _wrong_result(stored: Stored) -> str:
         expected["resumed"] = list(state["resumed"])
         if state["ended"] is not None:
             expected |= {"status": "stopped", "reason": state["ended"]}
-        elif not finished or result["status"] == "completed":
+        elif not (finished and result["status"] == "stopped" and result["reason"]):  # by a signal, in the last step
             expected["status"] = "completed" if finished else "stopped"
         if result["status"] == "completed":
             expected["reason"] = result["reason"] if state["non_finite"] else None
