@@ -51,7 +51,8 @@ class Checkpoint:
     def safe_point(self, run: Run) -> None:
         """Save what is due."""
         best = run.epoch_ended and self._is_best(run)
-        kept = bool(run.epoch_ended and self.keep_every and run.epoch % self.keep_every == 0)
+        complete = run.epoch_ended and run.batch_index == 0  # not cut short by max_steps
+        kept = bool(complete and self.keep_every and run.epoch % self.keep_every == 0)
         if not (best or kept or self._is_due(run)):
             return
         assert run.dir is not None

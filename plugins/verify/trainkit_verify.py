@@ -23,7 +23,7 @@ from attrs import field
 from trainkit.cli.output import print_json, printable, table, terminal
 from trainkit.errors import TrainkitError, UsageError
 from trainkit.registry import base_name
-from trainkit.rundir import read_regular
+from trainkit.rundir import MAX_LOG, read_regular
 from trainkit_ledger import FILE, START, Ledger, chain_of, link, record_line, recorded_files
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def _from_json(text: str) -> Any:
 
 def _text(path: Path) -> str:
     """Return what a file of a run holds, which may be a stranger's: a regular one, of bounded size."""
-    return read_regular(path, LIMIT).decode("utf-8")
+    return read_regular(path, MAX_LOG).decode("utf-8")
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -287,8 +287,10 @@ def _check_checkpoints(stored: Stored, found: Verification) -> None:
     """Hold the state in every checkpoint against the ledger."""
     from trainkit.provenance import state_digest
 
-    with suppress(TrainkitError, *STRANGE):
-        stored.result = _from_json(_text(stored.run_dir.path / "result.json"))
+    with suppress(*STRANGE):
+        result = _from_json(_text(stored.run_dir.path / "result.json"))
+        stored.result = result if isinstance(result, dict) else None
+    with suppress(*STRANGE):
         stored.lock = _from_json(_text(stored.run_dir.versions("plugins.lock.json")[-1]))
     wrong, strange, fitting = [], [], []
     for path in sorted((stored.run_dir.path / "checkpoints").glob("*.pt")):
@@ -452,8 +454,8 @@ def _wrong_result(stored: Stored) -> str:
     if not path.exists():
         return ""
     result = stored.result
-    if not isinstance(result, dict):
-        return f"result.json: not an object of its own: {path.stat().st_size} bytes"
+    if result is None:
+        return "result.json: not a JSON object, or one that has a name twice"
     last, recipe = stored.entries[-1], load_recipe(stored.run_dir.recipe_path())
     claimed = dict(result["evidence"]["ledger"])
     claimed.pop("files", None)
@@ -483,7 +485,7 @@ def _wrong_result(stored: Stored) -> str:
         expected["resumed"] = list(state["resumed"])
         if state["ended"] is not None:
             expected |= {"status": "stopped", "reason": state["ended"]}
-        elif not finished or result["status"] == "completed":
+        elif not (finished and result["status"] == "stopped" and result["reason"]):  # by a signal, in the last step
             expected["status"] = "completed" if finished else "stopped"
         if result["status"] == "completed":
             expected["reason"] = result["reason"] if state["non_finite"] else None

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import chdir, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -136,6 +136,8 @@ print(json.dumps(counts))
 @plugin
 class _Observer:
     """Stands last: ends a run at a position, saves it there and at its end, and measures the evaluated weights."""
+
+    without_effect: ClassVar = ("at", "fail")
 
     at: tuple[int, int] | None = None  # epochs, and batches of the next one
     fail: bool = False
