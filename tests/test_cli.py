@@ -1,6 +1,7 @@
 """The command line as users meet it: what it prints, what it leaves behind, how it exits."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ def test_run_reports_and_leaves_a_complete_directory(small, trainkit):
         "recipe.yaml",
         "plugins.lock.json",
         "environment.json",
+        "data.json",
         "metrics.jsonl",
         "metrics.csv",
         "checkpoints/best.pt",
@@ -66,7 +68,7 @@ def test_a_reader_that_has_seen_enough_does_not_end_a_run(small):
 
 def test_a_command_whose_actions_come_from_plugins_explains_itself(capsys):
     assert main(["runs", "--help"]) == 0
-    assert "actions: check, compare, list, show" in capsys.readouterr().out
+    assert "actions: check, compare, list, seal, show" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -211,3 +213,66 @@ def test_a_fault_before_the_first_step_leaves_no_run_directory(small, capsys):
     assert main(["run", str(small), "plugins.figures.published=nowhere.csv"]) == 2
     assert "nowhere.csv" in capsys.readouterr().err
     assert list((small.parent / "runs").rglob("*.json")) == []
+
+
+def start(*arguments, **options):
+    command = [sys.executable, "-m", "trainkit", *map(str, arguments)]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, check=False, **options)
+
+
+@pytest.mark.parametrize("arguments", [["plugins", "list"], ["plugins", "list", "--json"], ["--help"], ["run", "-h"]])
+def test_a_full_disk_behind_the_output_is_one_paragraph(arguments):
+    with open("/dev/full", "w") as full:
+        done = start(*arguments, stdout=full)
+    said = "error: the output cannot be written: No space left on device; what was to be printed is lost\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_a_terminal_that_is_gone_is_one_paragraph():
+    ours, theirs = os.openpty()
+    os.close(ours)
+    done = start("plugins", "list", stdout=theirs)
+    os.close(theirs)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "the output cannot be written: Input/output error" in done.stderr
+
+
+def test_a_run_goes_on_when_its_output_cannot_be_written(small):
+    with open("/dev/full", "w") as full:
+        done = start("run", small, "--run-dir", "out", "plugins.progress={}", stdout=full, cwd=small.parent)
+    assert done.stderr.count("the output cannot be written") == 1
+    assert done.returncode == 1
+    assert json.loads((small.parent / "out" / "result.json").read_text())["status"] == "completed"
+
+
+def test_an_encoding_without_our_letters_ends_nothing(small):
+    folder = small.parent / "caf\u00e9 \u2028"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = start(
+        "run",
+        small,
+        "--run-dir",
+        folder,
+        "plugins.progress={}",
+        stdout=subprocess.PIPE,
+        cwd=small.parent,
+        env=environment,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "caf\\xe9" in done.stdout
+
+
+def test_a_reader_that_has_seen_enough_of_a_listing():
+    with subprocess.Popen(
+        [sys.executable, "-m", "trainkit", "plugins", "list", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+def test_no_character_turns_what_follows_around(small, capsys):
+    assert main(["recipes", "show", str(small), "description=a\u202eb\u2066"]) == 0
+    said = capsys.readouterr().out
+    assert "\\u202E" in said
+    assert said.replace("\n", "").isprintable()
+    assert main(["recipes", "list", str(small.parent)]) == 0

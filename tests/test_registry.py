@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainkit import registry
+from trainkit import cli, registry
 from trainkit.cli import main
 from trainkit.errors import PluginError
 from trainkit.recipe import from_dict, load_recipe
@@ -267,3 +267,82 @@ def test_what_a_class_does_wrong_is_said_without_advice_to_reinstall(site):
     with pytest.raises(PluginError, match=r"plugin 'wrong' \(acme-wrong 0.3\): class Wrong .* field 'sizes'") as caught:
         installed()["wrong"][0].load()
     assert "reinstall" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("run.recipes/quickstart.yaml", "a name is lower-case letters"),
+        ("run.--help", "a name is lower-case letters"),
+        ("resume.runs", "only plugins, recipes, runs take further actions"),
+        ("run.quickstart", "only plugins, recipes, runs take further actions"),
+        ("plugins.list", "trainkit has this action itself"),
+        ("recipes.show", "trainkit has this action itself"),
+        ("plugins.list.more", "a name is lower-case letters"),
+        ("run", "trainkit has this command itself"),
+        ("runs", "trainkit has this command itself"),
+        ("--version", "a name is lower-case letters"),
+        ("-h", "a name is lower-case letters"),
+        ("Zebra", "a name is lower-case letters"),
+        ("x" * 41, "a name is lower-case letters"),
+    ],
+)
+def test_no_entry_point_takes_the_place_of_what_trainkit_has(site, capsys, name, reason):
+    cli._say_passed_over.cache_clear()
+    distribution(site, "acme-evil", group="trainkit.commands", entries=f"{name} = acme_evil_module:RUN")
+    (site / "acme_evil_module.py").write_text("raise SystemExit('imported')\n")
+    first, dot, second = name.partition(".")
+    assert main([first, second] if dot and "/" in second else ["plugins", "list"]) in (0, 2)
+    assert main([first, second, "x"] if second == "runs" else ["recipes", "show", "nothing.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert said.count(f"warning: the command {name!r} of acme-evil 1.0 is passed over: {reason}") == 1
+    assert "imported" not in said
+
+
+def test_an_action_may_be_added_where_actions_are(site, capsys):
+    distribution(site, "acme-more", group="trainkit.commands", entries="recipes.count = acme_count_module:RUN")
+    (site / "acme_count_module.py").write_text(
+        "class RUN:\n    HELP = 'Count 50 %, not %(prog)s.'\n    EXAMPLES = '%(prog)s \x1b[31m %d'\n"
+        "    add_arguments = lambda parser: None\n    run = lambda args: print('counted') or 0\n"
+    )
+    assert main(["recipes", "count"]) == 0
+    assert capsys.readouterr().out == "counted\n"
+    with pytest.raises(SystemExit):
+        main(["recipes", "count", "--help"])
+    said = capsys.readouterr().out
+    assert "Count 50 %, not %(prog)s." in said
+    assert "%(prog)s \\x1b[31m %d" in said
+
+
+def test_a_summary_is_printed_as_it_is(site, capsys):
+    info = distribution(site, "acme-more", group="trainkit.commands", entries="zebra = x:RUN")
+    (info / "METADATA").write_text("Name: acme-more\nVersion: 1.0\nSummary: 5 % %(prog)s %(nothing)s \x1b[2J\u202e\n")
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert "5 % %(prog)s %(nothing)s \\x1b[2J\\u202e" in said
+
+
+@pytest.mark.parametrize(
+    "raised", ["SystemExit(0)", "Stop('now')", "Interrupt('now')", "GeneratorExit()", "RecursionError('deep')"]
+)
+def test_whatever_an_import_raises_is_one_paragraph(site, capsys, raised):
+    distribution(site, "acme-ends", entries="ends = acme_ends_module:X")
+    distribution(site, "acme-ends-too", group="trainkit.commands", entries="ends = acme_ends_module:X")
+    (site / "acme_ends_module.py").write_text(
+        f"class Stop(BaseException): pass\nclass Interrupt(KeyboardInterrupt): pass\nraise {raised}\n"
+    )
+    for arguments, what in ((["plugins", "show", "ends"], "plugin"), (["ends"], "command")):
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {what} 'ends' (acme-ends")
+        assert "failed at import of acme_ends_module:X" in said
+        assert said.count("\n") == 1
+
+
+def test_a_command_that_ends_the_process_is_said(site, capsys):
+    distribution(site, "acme-ends", group="trainkit.commands", entries="ends = acme_ends_command:RUN")
+    (site / "acme_ends_command.py").write_text(
+        "class RUN:\n    HELP = ''\n    add_arguments = lambda parser: None\n    run = lambda args: exit(0)\n"
+    )
+    assert main(["ends"]) == 1
+    assert "SystemExit: 0" in capsys.readouterr().err

@@ -55,14 +55,19 @@ class Installed:
         Raises:
             PluginError: it cannot be imported, whatever the reason.
         """
+        what = "plugin" if self.entry_point.group == PLUGINS else "command"
         try:
             return self.entry_point.load()
         except TrainkitError as error:  # such as what @plugin refuses
-            raise PluginError(f"plugin {self.name!r} ({self.distribution} {self.version}): {error}") from error
-        except (Exception, SystemExit) as error:
+            raise PluginError(f"{what} {self.name!r} ({self.distribution} {self.version}): {error}") from error
+        except BaseException as error:
+            if type(error) is KeyboardInterrupt:  # the user's, and no class of the plugin's own
+                raise
+            said = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+            cure = f", or drop it: `{self.name}: false`" if self.entry_point.group == PLUGINS else ""
             raise PluginError(
-                f"plugin {self.name!r} ({self.distribution} {self.version}) failed at import of {self.value}: "
-                f"{type(error).__name__}: {error}; reinstall {self.distribution}, or drop it: `{self.name}: false`"
+                f"{what} {self.name!r} ({self.distribution} {self.version}) failed at import of {self.value}: "
+                f"{said}; reinstall {self.distribution}{cure}"
             ) from error
 
     def check_requirement(self) -> None:
@@ -150,15 +155,15 @@ def requirements(dist: importlib.metadata.Distribution) -> list[Requirement]:
     return found
 
 
-def only(name: str, records: list[Installed]) -> Installed:
-    """Return the one installed plugin of a name.
+def only(name: str, records: list[Installed], what: str = "plugin") -> Installed:
+    """Return the one installed plugin or command of a name.
 
     Raises:
         PluginError: two distributions claim the name.
     """
     if len(records) > 1:
         claims = " and ".join(f"{record.distribution} {record.version}" for record in records)
-        raise PluginError(f"plugin {name!r} is claimed by {claims}; uninstall one of them")
+        raise PluginError(f"{what} {name!r} is claimed by {claims}; uninstall one of them")
     return records[0]
 
 

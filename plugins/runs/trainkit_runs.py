@@ -79,9 +79,8 @@ class StoredRun:
         """Return what the run's numbers depend on."""
         from trainkit.recipe import from_dict
 
-        return provenance.from_files(
-            from_dict(self.recipe) if self.recipe else None, self.plugins, self.environment, self.data
-        )
+        recipe = from_dict(self.recipe) if self.recipe else None
+        return provenance.from_files(recipe, self.plugins, self.environment, self.data)
 
     def files(self) -> dict[str, int]:
         """Return the size of each file, by path."""
@@ -138,7 +137,7 @@ def epochs_of(path: Path) -> list[dict[str, float]]:
         ValueError,
         TypeError,
         csv.Error,
-    ):  # not there yet, cell that is no number, more cells than headings
+    ):  # not there yet, or no table of numbers
         return []
 
 
