@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import textwrap
@@ -36,6 +37,17 @@ def nothing_reported(monkeypatch):
     monkeypatch.setattr(registry, "_reported", set())
 
 
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout of trainkit with the plugins zebra and okapi, as the current folder."""
+    for name in ("zebra", "okapi"):
+        (tmp_path / "plugins" / name).mkdir(parents=True)
+        (tmp_path / "plugins" / name / "pyproject.toml").touch()
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "trainkit"\n')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def recipe(requires=(), **plugins):
     tree = {"name": "r", "epochs": 1, "batch_size": 1, "plugins": plugins}
     return from_dict({**tree, "requires": requires or []})
@@ -67,12 +79,9 @@ def test_a_plugin_that_fails_at_import_is_named(site):
         find(recipe(broken=None))["broken"].load()
 
 
-def test_missing_plugins_are_all_named_with_one_command(tmp_path, monkeypatch):
-    for name in ("zebra", "okapi"):
-        (tmp_path / "plugins" / name).mkdir(parents=True)
-        (tmp_path / "plugins" / name / "pyproject.toml").touch()
-    (tmp_path / "recipes").mkdir()
-    path = tmp_path / "recipes" / "r.yaml"
+def test_missing_plugins_are_all_named_with_one_command(checkout):
+    (checkout / "recipes").mkdir()
+    path = checkout / "recipes" / "r.yaml"
     path.write_text(
         textwrap.dedent("""\
         name: r
@@ -82,7 +91,6 @@ def test_missing_plugins_are_all_named_with_one_command(tmp_path, monkeypatch):
         plugins: {zebra: , okapi: , lion: , unicorn: }
         """)
     )
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(PluginError) as caught:
         find(load_recipe("recipes/r.yaml"))
     message = str(caught.value)
@@ -150,10 +158,7 @@ def test_requires_may_name_the_plugins_of_one_distribution(tmp_path, monkeypatch
     assert "plugin 'okapi' is not to be found" in message
 
 
-def test_a_requirement_given_by_name_comes_before_the_checkout(tmp_path, monkeypatch):
-    (tmp_path / "plugins" / "zebra").mkdir(parents=True)
-    (tmp_path / "plugins" / "zebra" / "pyproject.toml").touch()
-    monkeypatch.chdir(tmp_path)
+def test_a_requirement_given_by_name_comes_before_the_checkout(checkout):
     assert registry.source_of(recipe(zebra=None), "zebra") == "-e ./plugins/zebra"
     assert registry.source_of(recipe({"zebra": "acme-zebra"}, zebra=None), "zebra") == "acme-zebra"
 
@@ -346,3 +351,53 @@ def test_a_command_that_ends_the_process_is_said(site, capsys):
     )
     assert main(["ends"]) == 1
     assert "SystemExit: 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [None, "", "[project]\nname = 'other'\n", "[", "project = 3\n", "fifo"])
+def test_only_a_checkout_of_trainkit_is_where_plugins_come_from(checkout, text):
+    path = checkout / "pyproject.toml"
+    path.unlink()
+    if text == "fifo":
+        os.mkfifo(path)
+    elif text is not None:
+        path.write_text(text)
+    (checkout / "deep").mkdir()
+    (checkout / "deep" / "r.yaml").write_text("name: r\nepochs: 1\nbatch_size: 1\nplugins: {zebra: }\n")
+    missing = load_recipe(checkout / "deep" / "r.yaml")
+    assert registry.source_of(missing, "zebra") is None
+    with pytest.raises(PluginError, match="not to be found in this checkout"):
+        find(missing)
+    path.unlink(missing_ok=True)
+    path.write_text('[project]\nname = "trainkit"\n')
+    assert registry.source_of(missing, "zebra") == "-e ./plugins/zebra"
+
+
+def test_no_program_of_the_current_folder_is_run(tmp_path, monkeypatch):
+    (tmp_path / "git").write_text("#!/bin/sh\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    for path in (".", "", ":", "bin/..:"):
+        monkeypatch.setenv("PATH", path)
+        assert registry.program("git") is None
+    monkeypatch.setenv("PATH", f".:{tmp_path}")
+    assert registry.program("git") == str(tmp_path / "git")
+
+
+def test_who_provides_a_hook_is_told_without_importing_anything(site):
+    distribution(
+        site,
+        "acme-loss",
+        entries="zebra = acme_loss.inner.module:Zebra\nokapi = acme_loss.inner.module:Okapi\nno = a:B",
+    )
+    (site / "acme_loss" / "inner").mkdir(parents=True)
+    for folder in ("acme_loss", "acme_loss/inner"):
+        (site / folder / "__init__.py").write_text("raise SystemExit\n")
+    (site / "acme_loss" / "inner" / "module.py").write_text(
+        "raise SystemExit\nclass Zebra:\n    @hookimpl\n    def loss(self): ...\n"
+        "class Okapi:\n    def loss(self): ...\n"
+    )
+    found = registry.providers("loss")
+    assert "zebra" in found
+    assert "cross_entropy" in found
+    assert not {"okapi", "no", "sgd"} & set(found)
+    assert "acme_loss" not in sys.modules

@@ -116,7 +116,9 @@ def _dispatch(argv: list[str]) -> int:
     command.add_arguments(parser)
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     try:
-        args = parser.parse_intermixed_args(argv[1:])  # KEY=VALUE before, after and between options
+        # KEY=VALUE before, after and between options; but Python 3.11 forgets there what `--` says
+        parse = parser.parse_args if "--" in argv else parser.parse_intermixed_args
+        args = parse(argv[1:])
     except TypeError:  # what argparse says of a command with actions
         args = parser.parse_args(argv[1:])
     code: int = command.run(args)
