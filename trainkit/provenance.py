@@ -18,7 +18,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,9 +31,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from trainkit import __version__
-from trainkit.errors import PluginError
+from trainkit.errors import CheckpointError, PluginError, UsageError
 from trainkit.plugin import declared as declared_by
-from trainkit.registry import requirements
+from trainkit.registry import program, requirements
 from trainkit.rundir import open_regular
 
 if TYPE_CHECKING:
@@ -51,12 +50,14 @@ __all__ = [
     "LISTED",
     "Difference",
     "compare",
+    "compare_state",
     "digest",
     "file_digest",
     "fingerprint",
     "from_files",
     "machine",
     "material",
+    "read",
     "record",
     "state_digest",
     "write",
@@ -66,6 +67,8 @@ DIGEST_SIZE = 16
 
 ABSENT = "absent"  #: stands in a difference for a value that a record does not have
 LISTED = "listed"  #: stands in a difference for a plugin that a recipe lists
+
+FEW = 10  # elements of a list that a difference names
 
 #: What a difference does: the numbers may differ; the run is longer or shorter; nothing.
 Effect = Literal["numbers", "length", "none"]
@@ -398,7 +401,7 @@ def revision() -> str | None:
     make it run programs.
     """
     checkout = Path(__file__).resolve().parents[1]
-    git = shutil.which("git")
+    git = program("git")
     if git is None or not ((checkout / ".git").exists() and (checkout / "pyproject.toml").is_file()):
         return None
     command = [git, "-c", "core.fsmonitor=false", "-C", str(checkout), "describe", "--always", "--dirty"]
@@ -564,6 +567,21 @@ def write(made: Mapping[str, Any], run_dir: RunDir) -> None:
     run_dir.add_json("data.json", made["data"])
 
 
+def read(run_dir: RunDir, recipe: Recipe) -> dict[str, Any]:
+    """Return the record that the files of a run's first session hold.
+
+    Raises:
+        TrainkitError: a file is missing, or is not what a run writes.
+    """
+    plugins, environment, data = (
+        run_dir.read_json(name) for name in ("plugins.lock.json", "environment.json", "data.json")
+    )
+    listed = isinstance(plugins, list) and all(isinstance(each, dict) and "name" in each for each in plugins)
+    if not (listed and isinstance(environment, dict) and isinstance(data, dict)):
+        raise UsageError(f"{run_dir.path}: its record is not what a run writes")
+    return from_files(recipe, plugins, environment, data)
+
+
 def from_files(
     recipe: Recipe | None, plugins: Sequence[Mapping[str, Any]], environment: Mapping[str, Any], data: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -603,13 +621,36 @@ class Difference:
     values: tuple[Any, ...]
     effect: Effect = "numbers"
 
+    @property
+    def is_of_meaning(self) -> bool:
+        """Whether it is of the classes or the code: what a metric means, and not only its last digits."""
+        return self.key in ("data.classes", "environment.trainkit.code") or self.key.endswith(" code")
+
     def __str__(self) -> str:
         before, after = self.values[0], self.values[-1]
+        if isinstance(before, list) and isinstance(after, list) and len(before) == len(after) > FEW:
+            places = [place for place, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+            changed = [f"{place} was {before[place]} and is {after[place]}" for place in places[:FEW]]
+            rest = [f"and {len(places) - FEW} more"] if len(places) > FEW else []
+            return f"{self.key}: {', '.join([*changed, *rest])}"
         if after == LISTED:
             return f"{self.key} was added"
         if before == LISTED:
             return f"{self.key} was dropped"
         return f"{self.key} was {before} and is {after}"
+
+
+def compare_state(state: Mapping[str, Any], run: Run) -> list[Difference]:
+    """Return the differences between what a checkpoint's run depended on, and what this one does.
+
+    Raises:
+        CheckpointError: the checkpoint holds no such record.
+    """
+    now = record(run)
+    try:
+        return compare(state["provenance"], now)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the checkpoint holds no record of what its run depended on: {error!r}") from error
 
 
 def compare(*records: Mapping[str, Any]) -> list[Difference]:

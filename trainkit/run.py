@@ -384,7 +384,12 @@ class Run:
         try:
             self._load(state)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"the checkpoint does not fit the recipe: {str(error).splitlines()[0]}") from error
+            said = (
+                f"it lacks {error}"
+                if isinstance(error, KeyError)
+                else " ".join(f"{error}".split())[:300] or repr(error)
+            )
+            raise CheckpointError(f"the checkpoint does not fit the recipe: {said}") from error
 
     def _load(self, state: Mapping[str, Any]) -> None:
         position = state["position"]

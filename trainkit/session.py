@@ -139,11 +139,11 @@ def _refuse_overtaken(run: Run, run_dir: RunDir, new: bool) -> None:
     """
     if new or not (run_dir.path / "checkpoints" / "last.pt").exists():
         return
-    position = run_dir.load_latest()[0]["position"]
-    if run.reopened and (position["epoch"], position["step"]) != (run.epoch, run.step):
+    position = run_dir.load_latest()[0].get("position", {})
+    if run.reopened and (position.get("epoch"), position.get("step")) != (run.epoch, run.step):
         raise UsageError(
-            f"{run_dir.path}: another process has continued this run meanwhile, to step {position['step']}; resume it "
-            "again to go on from there"
+            f"{run_dir.path}: another process has continued this run meanwhile, to step {position.get('step')}; resume "
+            "it again to go on from there"
         )
 
 
@@ -313,7 +313,7 @@ def reopen(
     run = build(recipe, console=console)
     if notice:
         _say(run, notice)
-    differences = provenance.compare(state["provenance"], provenance.record(run))
+    differences = provenance.compare_state(state, run)
     changes = [str(difference) for difference in differences if difference.effect == "numbers"]
     length = [str(difference) for difference in differences if difference.effect == "length"]
     if changes and not allow_changes:
@@ -321,7 +321,7 @@ def reopen(
             f"{run_dir}: would not continue exactly: {'; '.join(changes)}; undo that, or pass --allow-changes"
         )
     _refuse_void(run, changes)
-    if length:
+    if length and isinstance(state.get("schedules"), list):
         _refuse_longer_schedules(run, state)
     run.load_state_dict(state)
     run.dir, run.reopened = directory, True

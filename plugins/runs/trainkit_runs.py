@@ -143,7 +143,7 @@ def epochs_of(path: Path) -> list[dict[str, float]]:
         ValueError,
         TypeError,
         csv.Error,
-    ):  # not there yet, cell that is no number, more cells than headings
+    ):  # not there yet, or no table of numbers
         return []
 
 
@@ -507,7 +507,7 @@ def check_resume(run_dir: RunDir) -> tuple[list[str], str]:
             recipe = load_recipe(run_dir.recipe_path())
             state, notice = run_dir.load_latest()
             run = build(recipe, console=Console(quiet=True))
-            differences = provenance.compare(state["provenance"], provenance.record(run))
+            differences = provenance.compare_state(state, run)
             run.load_state_dict(state)
         reasons = [str(difference) for difference in differences if difference.effect == "numbers"]
         reasons += missing_rows(run_dir, state)
