@@ -525,15 +525,17 @@ def file_digest(path: Path) -> str:
 def state_digest(state: Mapping[str, Any]) -> str:
     """Return a digest of what a run's further numbers depend on: of a state that ``Run.state_dict`` returned.
 
-    These are weights, optimizer, schedules, position, the metrics so far and the states of plugins, but for observers.
-    Time, paths, records and observers have no part in it: whoever replays the run gets the same digest.
+    These are weights, optimizer, schedules, position, the metrics so far and what is better of them, and the states of
+    plugins, but for observers. Time, paths, records and observers have no part in it: whoever replays the run gets the
+    same digest.
 
     Args:
         state: a state, from a run or from a checkpoint.
     """
     watching = {plugin["name"] for plugin in state["provenance"].get("plugins", []) if plugin.get("observer")}
-    parts = ("model", "optimizer", "schedules", "position", "history", "metric_info", "non_finite")
-    chosen = {name: state[name] for name in parts}
+    chosen = {name: state[name] for name in ("model", "optimizer", "schedules", "position", "history", "non_finite")}
+    recorded = {name for row in state["history"] for name in row}
+    chosen["directions"] = {name: info for name, info in state["metric_info"].items() if name in recorded}
     chosen["plugins"] = {name: saved["state"] for name, saved in state["plugins"].items() if name not in watching}
     return digest(chosen)
 
