@@ -310,3 +310,46 @@ def test_options_are_made_and_refused_as_those_of_a_recipe(made):
         assert_refuses(cls, "share", 2, 1, sizes=[1])
     with pytest.raises(AssertionError, match="the error does not name it"):
         assert_refuses(cls, "share", 1)
+
+
+LYING = """
+observer = True
+
+@hookimpl
+def gradients_ready(self, run):
+    for p in run.model.parameters():
+        p.grad.mul_(0.5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (LYING, r"says `observer = True`, and without it a run ends differently in model\."),
+        (
+            "observer = True\n\n@hookimpl\ndef epoch_end(self, metrics):\n    metrics['mine'] = 1.0\n",
+            r"ends differently in history\.0\.mine",
+        ),
+        (
+            "observer = True\n\n@hookimpl\ndef metrics(self, split):\n    return {'mine': 1.0}\n",
+            "says `observer = True` and reports metrics",
+        ),
+        ("without_effect = ('root',)\n", "Made.without_effect: 'root' is not one of its options"),
+    ],
+)
+def test_who_says_to_watch_only_must(made, body, said):
+    with pytest.raises(AssertionError, match=said):
+        assert_conforms(made(body))
+
+
+def test_who_only_watches_conforms(made):
+    body = """
+    observer = True
+    without_effect = ("every",)
+    every: int = 2
+
+    @hookimpl
+    def step_end(self, run):
+        run.log({"norm": sum(p.detach().norm() for p in run.model.parameters())})
+    """
+    assert_conforms(made(body))

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from trainkit import provenance
 from trainkit.data import Batches, Data
 from trainkit.errors import PluginError, RecipeError
 from trainkit.hooks import CallWrapper, Hooks, Implementation, load_plugins
@@ -54,6 +55,8 @@ def build_with(recipe: Recipe, hooks: Hooks, console: Console | None = None) -> 
         _build_training(run)
         hooks.notify("built")(run)
         check_optimizer(run, hooks.named("built"))
+    parts = {name: getattr(run, name) for name in provenance.PARTS}
+    run.built = provenance.Built(parts, provenance.contents(run))  # what is replaced from here on is recorded
     return run
 
 

@@ -1,12 +1,13 @@
 """What a number depends on: record it, compare it.
 
-A record is plain data: JSON and checkpoints can hold it. It has five parts, each made by a function of its own::
+A record is plain data: JSON and checkpoints can hold it. It has six parts, each made by a function of its own::
 
     recipe        the resolved recipe
     plugins       name, version, distribution, source, code and all options of each plugin, in call order
     environment   the core's code, interpreter, packages, torch's build, instruction sets, device, threads, variables
     data          content of each split, classes, shape, preprocessing
     declared      what plugins add through the hook `provenance`: by plugin, by name
+    replaced      parts of the run that were exchanged after it was built, as in a notebook
 
 :func:`compare` is the only place that knows which differences can change a number.
 """
@@ -81,6 +82,7 @@ PLUGIN_NOTES = {"source", "observer", "without_effect"}
 ENVIRONMENT_NOTES = {"platform", "waiting", "observers_packages", "revision", "trainkit.version"}
 THREAD_VARIABLES = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"}
 DATA_NOTES = {"preprocessing"}
+BESIDE = ("declared", "replaced")  # parts that environment.json holds, too
 
 #: Variables that change what torch, its libraries or a GPU compute.
 ARITHMETIC = re.compile(
@@ -92,6 +94,24 @@ ARITHMETIC = re.compile(
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 #: Packages that only show things to people; neither they nor what they require can change a number.
 FOR_PEOPLE = {"rich", "pytest", "matplotlib"}
+#: Parts of a run that a recipe decides, and whose exchange is noticed; and those whose content is.
+PARTS = ("data", "batches", "transforms", "model", "forward", "loss", "optimizer", "schedules", "context")
+CONTENTS = {"weights": "model", "optimizer's state": "optimizer"}
+
+
+@attrs.frozen
+class Built:
+    """The parts of a run as trainkit made or loaded them.
+
+    Args:
+        parts: by attribute of the run.
+        contents: digests of weights and of the optimizer's state.
+        already: which contents were replaced in an earlier session.
+    """
+
+    parts: Mapping[str, Any]
+    contents: Mapping[str, str]
+    already: Sequence[str] = ()
 
 
 # ---- record
@@ -110,6 +130,7 @@ def record(run: Run) -> dict[str, Any]:
             "environment": environment(run.device, run.hooks.plugins),
             "data": data_record(run),
             "declared": declared(run),
+            "replaced": replaced(run),
         }
 
 
@@ -134,7 +155,7 @@ def plugin_records(plugins: Mapping[str, LoadedPlugin]) -> list[dict[str, Any]]:
             "version": plugin.version,
             "source": plugin.installed.source if plugin.installed else None,
             "code": plugin_code(plugin),
-            "observer": is_observer(plugin),
+            "observer": is_observer(type(plugin.instance)),
             "without_effect": list(declared_by(type(plugin.instance), "without_effect")),
             "options": options_of(plugin.instance),
         }
@@ -142,11 +163,9 @@ def plugin_records(plugins: Mapping[str, LoadedPlugin]) -> list[dict[str, Any]]:
     ]
 
 
-def is_observer(plugin: LoadedPlugin) -> bool:
+def is_observer(cls: type) -> bool:
     """Tell whether a plugin's class says that it only watches: ``observer = True``."""
-    return "observer" not in attrs.fields_dict(type(plugin.instance)) and bool(
-        getattr(type(plugin.instance), "observer", False)
-    )
+    return "observer" not in attrs.fields_dict(cls) and bool(getattr(cls, "observer", False))
 
 
 def options_of(instance: Any) -> dict[str, Any]:
@@ -207,8 +226,8 @@ def code_digest(path: Path, leave_out: tuple[str, ...] = ()) -> str:
 
 def environment(device: torch.device, plugins: Mapping[str, LoadedPlugin]) -> dict[str, Any]:
     """Return what this process and this machine add."""
-    watching = [plugin for plugin in plugins.values() if is_observer(plugin)]
-    others = [plugin for plugin in plugins.values() if not is_observer(plugin)]
+    watching = [plugin for plugin in plugins.values() if is_observer(type(plugin.instance))]
+    others = [plugin for plugin in plugins.values() if plugin not in watching]
     needed = packages(["trainkit", *_distributions(others)])
     return {
         "trainkit": {"version": __version__, "code": core_code()},
@@ -441,6 +460,30 @@ def fingerprint(split: Split) -> str:
     return str(own()) if own is not None else f"{len(split)} images"
 
 
+def replaced(run: Run) -> list[str]:
+    """Return the parts that are not those that trainkit built or loaded; weights by their content.
+
+    A recipe does not say these: ``run.loss = ...`` or ``run.model.load_state_dict(...)`` in a notebook.
+    """
+    found = [name for name, part in run.built.parts.items() if getattr(run, name) is not part]
+    now = contents(run)
+    return [
+        *found,
+        *run.built.already,
+        *(f"{name} {now[name]}" for name in now if now[name] != run.built.contents[name]),
+    ]
+
+
+def contents(run: Run) -> dict[str, str]:
+    """Return digests of what a run's parts hold now."""
+    return {name: digest(getattr(run, part).state_dict()) for name, part in CONTENTS.items()}
+
+
+def of_contents(replaced: Sequence[str]) -> list[str]:
+    """Return those replaced parts that a checkpoint keeps, so that the run continues with them."""
+    return [text for text in replaced if text.startswith(tuple(CONTENTS))]
+
+
 def declared(run: Run) -> dict[str, dict[str, Any]]:
     """Return what plugins declare through the hook ``provenance``, by plugin and name; a file by its content.
 
@@ -481,15 +524,17 @@ def file_digest(path: Path) -> str:
 def state_digest(state: Mapping[str, Any]) -> str:
     """Return a digest of what a run's further numbers depend on: of a state that ``Run.state_dict`` returned.
 
-    These are weights, optimizer, schedules, position, the metrics so far and the states of plugins, but for observers.
-    Time, paths, records and observers have no part in it: whoever replays the run gets the same digest.
+    These are weights, optimizer, schedules, position, the metrics so far and what is better of them, and the states of
+    plugins, but for observers. Time, paths, records and observers have no part in it: whoever replays the run gets the
+    same digest.
 
     Args:
         state: a state, from a run or from a checkpoint.
     """
     watching = {plugin["name"] for plugin in state["provenance"].get("plugins", []) if plugin.get("observer")}
-    parts = ("model", "optimizer", "schedules", "position", "history", "metric_info", "non_finite")
-    chosen = {name: state[name] for name in parts}
+    chosen = {name: state[name] for name in ("model", "optimizer", "schedules", "position", "history", "non_finite")}
+    recorded = {name for row in state["history"] for name in row}
+    chosen["directions"] = {name: info for name, info in state["metric_info"].items() if name in recorded}
     chosen["plugins"] = {name: saved["state"] for name, saved in state["plugins"].items() if name not in watching}
     return digest(chosen)
 
@@ -512,6 +557,7 @@ def material(record: Mapping[str, Any]) -> dict[str, Any]:
         "core": record["environment"]["trainkit"]["code"],
         "data": {name: value for name, value in record["data"].items() if name not in DATA_NOTES},
         "declared": {name: value for name, value in record["declared"].items() if name not in watching},
+        "replaced": record["replaced"],
     }
 
 
@@ -563,7 +609,7 @@ def write(made: Mapping[str, Any], run_dir: RunDir) -> None:
     The recipe has a file of its own. What an earlier session wrote is never overwritten (:meth:`RunDir.add_json`).
     """
     run_dir.add_json("plugins.lock.json", made["plugins"])
-    run_dir.add_json("environment.json", {**made["environment"], "declared": made["declared"]})
+    run_dir.add_json("environment.json", {**made["environment"], **{name: made[name] for name in BESIDE}})
     run_dir.add_json("data.json", made["data"])
 
 
@@ -593,13 +639,14 @@ def from_files(
         environment: what ``environment.json`` holds.
         data: what ``data.json`` holds.
     """
-    rest = {name: value for name, value in environment.items() if name != "declared"}
+    rest = {name: value for name, value in environment.items() if name not in BESIDE}
     return {
         "recipe": {} if recipe is None else recipe_record(recipe),
         "plugins": plugins,
         "environment": rest,
         "data": data,
         "declared": environment.get("declared", {}),
+        "replaced": environment.get("replaced", []),
     }
 
 
@@ -670,7 +717,14 @@ def compare(*records: Mapping[str, Any]) -> list[Difference]:
         *_compare_parts("environment", environments),
         *_compare_parts("data", data),
         *_compare_parts("declared", declarations, watching),
+        *_compare_replaced([made.get("replaced", []) for made in records]),
     ]
+
+
+def _compare_replaced(lists: Sequence[Sequence[str]]) -> Iterator[Difference]:
+    told = [", ".join(names) or "nothing" for names in lists]
+    if _differ(told):
+        yield Difference("what was replaced after build()", tuple(told))
 
 
 def _observers(lists: Sequence[Sequence[Mapping[str, Any]]]) -> set[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from trainkit import provenance
 from trainkit.data import Batch, Batches, Data, describe, epoch_permutation
 from trainkit.errors import CheckpointError, PluginError, RunError
 from trainkit.hooks import Hooks
@@ -27,6 +28,7 @@ from trainkit.transforms import Pipeline
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from trainkit.provenance import Built
     from trainkit.rundir import RunDir
 
 __all__ = [
@@ -107,6 +109,7 @@ class Run:
     optimizer: Optimizer = field(init=False)
     schedules: list[Schedule] = field(init=False)
     context: AbstractContextManager[Any] = field(init=False)  #: surrounds every forward pass
+    built: Built = field(init=False)  #: all of these as trainkit made or loaded them: what is replaced is recorded
 
     epoch: int = 0  #: epochs completed
     step: int = 0  #: optimizer steps completed
@@ -383,6 +386,7 @@ class Run:
         """
         try:
             self._load(state)
+            self.built = attrs.evolve(self.built, contents=provenance.contents(self))
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             said = (
                 f"it lacks {error}"

@@ -109,7 +109,7 @@ def fit(
     run.stop_reason, run.exit_code = None, 0
     if not run.finished:
         run.tested = {}  # of the weights at an earlier stop; those at the end are tested again
-    with run.dir.exclusive():
+    with _locked(run, run.dir, new):
         _refuse_overtaken(run, run.dir, new)
         run.dir.remove_parts()
         try:
@@ -119,6 +119,26 @@ def fit(
                 shutil.rmtree(run.dir.path)
                 run.dir = None
             raise
+
+
+@contextmanager
+def _locked(run: Run, run_dir: RunDir, new: bool) -> Iterator[None]:
+    """Keep the directory for this process; a new run must be the first to have it.
+
+    Raises:
+        UsageError: another process holds it, or took it between its making and now. Nothing in it is touched.
+    """
+    try:
+        with run_dir.exclusive():
+            if new and any(run_dir.path.iterdir()):
+                raise UsageError(
+                    f"run directory {run_dir.path}: another process began a run there; give a new directory"
+                )
+            yield
+    except UsageError:
+        if new:
+            run.dir = None
+        raise
 
 
 def _recorded_result(run_dir: RunDir) -> Result | None:
@@ -150,6 +170,8 @@ def _refuse_overtaken(run: Run, run_dir: RunDir, new: bool) -> None:
 def _fit(run: Run, run_dir: RunDir, trainer: Trainer) -> Result:
     run.reopened = False
     run.provenance = provenance.record(run)
+    already = provenance.of_contents(run.provenance["replaced"])
+    run.built = attrs.evolve(run.built, contents=provenance.contents(run), already=already)
     run_dir.add("recipe.yaml", _keep_files(run, run_dir).to_yaml())
     provenance.write(run.provenance, run_dir)
     completed = _set_result_aside(run_dir)
@@ -182,6 +204,8 @@ def _fit(run: Run, run_dir: RunDir, trainer: Trainer) -> Result:
                 run_dir.write_json("result.json", result.to_dict())
             for batches in run.batches.values():
                 batches.close()
+    if error is None:
+        run.built = attrs.evolve(run.built, contents=provenance.contents(run))  # trained meanwhile
     if run.failed and isinstance(error, TrainkitError) and not isinstance(error, RunError):
         raise RunError(str(error)) from error
     if error is not None:
@@ -313,6 +337,8 @@ def reopen(
     run = build(recipe, console=console)
     if notice:
         _say(run, notice)
+    kept = provenance.of_contents(state["provenance"].get("replaced", ()))
+    run.built = attrs.evolve(run.built, already=kept)
     differences = provenance.compare_state(state, run)
     changes = [str(difference) for difference in differences if difference.effect == "numbers"]
     length = [str(difference) for difference in differences if difference.effect == "length"]

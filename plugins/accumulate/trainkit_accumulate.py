@@ -39,7 +39,7 @@ class Accumulate:
             PluginError: a plugin that changes the loss is listed later.
         """
         plugins = [impl.plugin for impl in run.hooks.implementations("transform_loss")]
-        last = [plugin for plugin in plugins if not is_observer(plugin)][-1]
+        last = [plugin for plugin in plugins if not is_observer(type(plugin.instance))][-1]
         if last.instance is not self:
             raise PluginError(f"it scales the loss, and {last} changes it afterwards: list it after {last.name!r}")
 

@@ -658,7 +658,7 @@ def _without_observers(recipe: Recipe) -> Recipe:
     kept = {
         name: options
         for name, options in recipe.plugins.items()
-        if not is_observer(plugins[name]) or base_name(name) in ("ledger", "metric_log")
+        if not is_observer(type(plugins[name].instance)) or base_name(name) in ("ledger", "metric_log")
     }
     return attrs.evolve(recipe, plugins=kept)
 
@@ -672,32 +672,37 @@ class Replay:
 
 
 def _replay(
-    session: Session, state: Mapping[str, Any] | None, steps: int, until: float, enough: int | None = None
+    session: Session, state: Mapping[str, Any] | None, end: Mapping[str, Any], until: float, *, briefly: bool = False
 ) -> Replay:
-    """Take some steps again, from the seed or from a state, until time is over; one entry at least.
+    """Train again, from the seed or from a state, to an entry of the ledger or until time is over.
 
     Args:
         session: what to build and compute under.
         state: what to begin with; None for the seed.
-        steps: how many.
-        until: when to stop, on the monotonic clock.
-        enough: entries after the first one that are enough.
+        end: the last entry to reach.
+        until: when to stop behind the first entry reached, on the monotonic clock.
+        briefly: stop at the first entry in any case.
     """
     from trainkit.session import fit
 
     assert session.recipe is not None
     assert session.record is not None
-    made = 0
+    began: int | None = None  # entries before the first step
 
     def wrap_call(call: Any, name: str, hook: str) -> Any:
         if hook != "safe_point" or base_name(name) != "ledger":
             return call
 
         def watched(run: Run) -> None:
-            nonlocal made
+            nonlocal began
+            path = cast("RunDir", run.dir).path / FILE
+            began = _count_lines(path) if began is None else began
             call(run)
-            made = len((cast("RunDir", run.dir).path / FILE).read_bytes().splitlines()) - 1
-            if made and (monotonic() > until or (enough is not None and made >= enough)):
+            place = {"epoch": run.epoch, "batch_index": run.batch_index, "step": run.step}
+            # At max_steps another entry follows at the same position, and then the run ends by itself.
+            if run.step > end["step"] or (_position(place) == _position(end) and not run.at_max_steps):
+                run.stop("all was replayed", exit_code=143)
+            elif _count_lines(path) > began and (briefly or monotonic() > until):
                 run.stop("enough was replayed", exit_code=143)
 
         return watched
@@ -714,9 +719,13 @@ def _replay(
                 elif base_name(name) == "metric_log":
                     plugin.instance.load_state_dict({"rows": 0})
         path = Path(folder) / "replay"
-        fit(run, path, max_steps=steps)
+        fit(run, path)
         log = path / "metrics.jsonl"
         return Replay(_read_lines(path / FILE), _read_lines(log) if log.exists() else [])
+
+
+def _count_lines(path: Path) -> int:
+    return len(path.read_bytes().splitlines())
 
 
 def _compare_replay(stored: Stored, start: int, end: int, replay: Replay) -> tuple[int, str]:
@@ -747,7 +756,9 @@ def _compare_replay(stored: Stored, start: int, end: int, replay: Replay) -> tup
     if extra and len(stored.run_dir.versions("recipe.yaml")) == 1:
         return reached, f"{FILE} has no entry of step {extra[0][2]}, and the replay has one"
     if stored.rows is not None:
-        theirs = stored.rows[stored.entries[start]["rows"] : final["rows"]]
+        # Behind a closing entry stands the record of the test split, which the evaluation is about.
+        counted = stored.entries[reached - 1 if _closes(stored, reached) else reached]["rows"]
+        theirs = stored.rows[stored.entries[start]["rows"] : counted]
         if wrong := _wrong_rows(stored, theirs, replay.rows, stored.entries[start]["rows"]):
             return reached, wrong
     return reached, ""
@@ -831,10 +842,9 @@ def _replay_parts(
             obstacles.append(session.obstacle)
             continue
         state = stored.states.get(start) if start else None
-        first, last = stored.entries[start], stored.entries[end]
-        steps = last["step"] - first["step"]
+        first = stored.entries[start]
         try:
-            replay = _replay(session, state, steps, until, enough=1 if session.machine else None)
+            replay = _replay(session, state, stored.entries[end], until, briefly=session.machine)
         except TrainkitError as error:
             found.add(what, "differs", f"replaying from step {first['step']} failed: {error}")
             return

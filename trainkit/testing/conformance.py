@@ -20,7 +20,8 @@ from attrs import field
 from torch import Tensor
 
 from trainkit.errors import CheckpointError, TrainkitError
-from trainkit.plugin import hookimpl, plugin
+from trainkit.plugin import declared, hookimpl, plugin
+from trainkit.provenance import is_observer
 from trainkit.recipe import Recipe, from_dict, load_recipe, make_options
 from trainkit.run import Run
 from trainkit.rundir import RunDir, pack_state
@@ -41,6 +42,8 @@ def assert_conforms(cls: type, /, *, beside: Mapping[str, Any] | None = None, **
     * Its state is kept in a checkpoint of tensors and plain values, and a run that was stopped within an epoch and
       resumed from it ends exactly as one that nothing interrupted; random numbers that are not drawn from ``run.rng``
       show here, too.
+    * One that says ``observer = True`` only watches: it reports no metrics, and without it weights, optimizer and
+      metrics are the same, bit for bit. What it lists as ``without_effect`` are options.
     * It leaves nothing behind, after a failure neither: no files beside the run directory, no changed setting of
       torch, no signal handlers, threads or environment variables.
 
@@ -57,6 +60,7 @@ def assert_conforms(cls: type, /, *, beside: Mapping[str, Any] | None = None, **
         raise AssertionError(f"{cls.__name__} is not decorated with @plugin")
     if hasattr(cls, "state_dict") != hasattr(cls, "load_state_dict"):
         raise AssertionError(f"{cls.__name__} needs both or none of state_dict and load_state_dict")
+    _assert_declarations(cls)
     assert_light_imports(cls.__module__)
     name = cls.__module__.removeprefix("trainkit_")
     recipe = from_dict({"name": "test", "epochs": 2, "batch_size": 8, "plugins": {name: options}})
@@ -85,6 +89,25 @@ def assert_conforms(cls: type, /, *, beside: Mapping[str, Any] | None = None, **
                     f"differently in {', '.join(differing[:5])}; state_dict() must return all that it remembers"
                 )
         observed("failed", at=(0, max(half, 1)), fail=True)
+        if is_observer(cls):
+            _observed(cls, {**fresh(early), **fresh(late), "observer": _Observer()}, "without", resume=False)
+            if differing := _differing(_state(cls, "whole"), _state(cls, "without"), but=f"plugins.{name}."):
+                raise AssertionError(
+                    f"{cls.__name__} says `observer = True`, and without it a run ends differently in "
+                    f"{', '.join(differing[:5])}; drop `observer`, or leave alone what it watches"
+                )
+
+
+def _assert_declarations(cls: type) -> None:
+    """Check what a class says of its part in a run's numbers."""
+    options = {option.alias for option in attrs.fields(cls) if option.init}
+    if unknown := [name for name in declared(cls, "without_effect") if name not in options]:
+        raise AssertionError(f"{cls.__name__}.without_effect: {unknown[0]!r} is not one of its options")
+    if is_observer(cls) and hasattr(getattr(cls, "metrics", None), "trainkit_impl"):
+        raise AssertionError(
+            f"{cls.__name__} says `observer = True` and reports metrics, which a run's records would lack without it; "
+            "drop `observer`"
+        )
 
 
 def assert_light_imports(*modules: str) -> None:
@@ -259,11 +282,12 @@ def _state(cls: type, folder: str) -> dict[str, Any]:
         raise AssertionError(f"{cls.__name__}: {error}") from error
 
 
-def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Return the keys at which two states of a run differ, of what a result depends on."""
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any], but: str | None = None) -> list[str]:
+    """Return the keys at which two states of a run differ, of what a result depends on, but those with a prefix."""
     parts = ("model", "optimizer", "schedules", "plugins", "position", "history")
     flat_a, flat_b = ({k: v for part in parts for k, v in _flat(state[part], part).items()} for state in (a, b))
-    return [key for key in {**flat_a, **flat_b} if flat_a.get(key) != flat_b.get(key)]
+    keys = [key for key in {**flat_a, **flat_b} if but is None or not key.startswith(but)]
+    return [key for key in keys if flat_a.get(key) != flat_b.get(key)]
 
 
 def _flat(value: Any, key: str) -> dict[str, Any]:

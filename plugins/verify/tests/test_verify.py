@@ -475,6 +475,7 @@ def forged_seed(run, made):
         if path.stem != "previous":
             record = RunDir(made / "run").load_state("last")["provenance"]
             edit_state(run, path.stem, lambda s, record=record: s.update(provenance=record))
+    (run / "checkpoints" / "previous.pt").unlink()
     edit_lines(run / "ledger.jsonl", lambda x: x.__setitem__(0, json.dumps({**json.loads(x[0]), "record": entry})))
     forge(run)
 
@@ -522,7 +523,7 @@ def forged_without_effect(run, made):
 FORGED = {
     "weights": (forged_last, "from checkpoints: ledger.jsonl, line 22 (step 18): the replay reached another state"),
     "a record of a step": (forged_record, "metrics.jsonl, line 8: the replay recorded other values"),
-    "a record more": (forged_added_record, "metrics.jsonl, line 8: the replay recorded other values"),
+    "a record more": (forged_added_record, "metrics.jsonl, line 9: the replay recorded other values"),
     "the accuracy": (forged_accuracy, "last.pt test_accuracy is"),
     "the seed": (forged_seed, "from the seed: ledger.jsonl, line 1: the seed gives another initial state"),
     "fewer entries": (forged_thinned, "ledger.jsonl has no entry of step 1, and the replay has one"),
