@@ -500,7 +500,7 @@ def test_a_schedule_of_milestones_can_be_extended(small):
     assert Path("out/metrics.csv").read_bytes() == Path("whole/metrics.csv").read_bytes()
 
 
-class KilledError(BaseException):
+class KilledError(KeyboardInterrupt):
     """Stands for a process that ends at once."""
 
 

@@ -57,8 +57,8 @@ def test_commands_are_understood(readme, words, monkeypatch):
     """They are parsed by the real command and not run; the recipe that they name is read, with their overrides."""
     real, understood = cli._command, []
 
-    def only_parsing(name):
-        command = real(name)
+    def only_parsing(name, *others):
+        command = real(name, *others)
         run = lambda args: understood.append(args) or 0  # noqa: E731
         return SimpleNamespace(HELP=command.HELP, add_arguments=command.add_arguments, run=run)
 
