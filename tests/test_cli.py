@@ -1,13 +1,19 @@
 """The command line as users meet it: what it prints, what it leaves behind, how it exits."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from trainkit import provenance
 from trainkit.cli import main
 from trainkit.cli.output import number, printable
+from trainkit.cli.run import _resume_command
+from trainkit.rundir import RunDir, pack_state
 
 
 @pytest.mark.slow
@@ -21,6 +27,7 @@ def test_run_reports_and_leaves_a_complete_directory(small, trainkit):
         "recipe.yaml",
         "plugins.lock.json",
         "environment.json",
+        "data.json",
         "metrics.jsonl",
         "metrics.csv",
         "checkpoints/best.pt",
@@ -66,7 +73,7 @@ def test_a_reader_that_has_seen_enough_does_not_end_a_run(small):
 
 def test_a_command_whose_actions_come_from_plugins_explains_itself(capsys):
     assert main(["runs", "--help"]) == 0
-    assert "actions: check, compare, list, show" in capsys.readouterr().out
+    assert "actions: check, compare, list, " in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -93,7 +100,12 @@ def test_the_runs_own_recipe_runs_again_to_the_same_metrics(small, capsys):
         (["run", "small.yaml", "plugins.sgd.lr=fast"], 2, "plugins.sgd.lr: Value 'fast'"),
         (["run", "small.yaml", "plugins.sgd.lr=-1"], 2, "plugins.sgd.lr: 'lr' must be >= 0"),
         (["run", "small.yaml", "plugins.sdg={}"], 2, "plugins.sdg: did you mean 'sgd'?"),
-        (["run", "small.yaml", "plugins.sgd=false"], 2, "no plugin of the recipe provides 'optimizer'"),
+        (
+            ["run", "small.yaml", "plugins.sgd=false"],
+            2,
+            "provides 'optimizer'; list one that does: installed are adam, adamw, sgd",
+        ),
+        (["run", "small.yaml", "device=meta"], 2, "device: 'meta' holds no numbers"),
         (["run", "small.yaml", "plugins.adam={}"], 2, "both provide it; drop one: `adam: false`"),
         (["run", "small.yaml", "plugins.multi_step_lr.milestones=[1]"], 2, "both claim 'lr_schedule'"),
         (["run", "small.yaml", "expect.parameters=5"], 2, "expect.parameters: the recipe expects 5 parameters"),
@@ -202,7 +214,7 @@ def test_numbers_read_as_people_write_them(value, text):
 
 
 def test_nothing_raw_reaches_the_terminal(small, capsys):
-    assert printable("a\x1b[31mb\x9bc\u202ed\n") == "a\\x1b[31mb\\x9bc\\x202ed\n"
+    assert printable("a\x1b[31mb\x9bc\u202ed\n") == "a\\x1b[31mb\\x9bc\\u202ed\n"
     assert main(["run", "evil\x1b]0;owned\x07.yaml"]) == 2
     assert "\x1b" not in capsys.readouterr().err
 
@@ -211,3 +223,190 @@ def test_a_fault_before_the_first_step_leaves_no_run_directory(small, capsys):
     assert main(["run", str(small), "plugins.figures.published=nowhere.csv"]) == 2
     assert "nowhere.csv" in capsys.readouterr().err
     assert list((small.parent / "runs").rglob("*.json")) == []
+
+
+def start(*arguments, **options):
+    command = [sys.executable, "-m", "trainkit", *map(str, arguments)]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, check=False, **options)
+
+
+@pytest.mark.parametrize("arguments", [["plugins", "list"], ["plugins", "list", "--json"], ["--help"], ["run", "-h"]])
+def test_a_full_disk_behind_the_output_is_one_paragraph(arguments):
+    with open("/dev/full", "w") as full:
+        done = start(*arguments, stdout=full)
+    said = "error: the output cannot be written: No space left on device; what was to be printed is lost\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_a_terminal_that_is_gone_is_one_paragraph():
+    ours, theirs = os.openpty()
+    os.close(ours)
+    done = start("plugins", "list", stdout=theirs)
+    os.close(theirs)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "the output cannot be written: Input/output error" in done.stderr
+
+
+def test_a_run_goes_on_when_its_output_cannot_be_written(small):
+    with open("/dev/full", "w") as full:
+        done = start("run", small, "--run-dir", "out", "plugins.progress={}", stdout=full, cwd=small.parent)
+    assert done.stderr.count("the output cannot be written") == 1
+    assert done.returncode == 1
+    assert json.loads((small.parent / "out" / "result.json").read_text())["status"] == "completed"
+
+
+def test_an_encoding_without_our_letters_ends_nothing(small):
+    folder = small.parent / "caf\u00e9 \u2028"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = start(
+        "run",
+        small,
+        "--run-dir",
+        folder,
+        "plugins.progress={}",
+        stdout=subprocess.PIPE,
+        cwd=small.parent,
+        env=environment,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "caf\\xe9" in done.stdout
+
+
+def test_a_reader_that_has_seen_enough_of_a_listing():
+    with subprocess.Popen(
+        [sys.executable, "-m", "trainkit", "plugins", "list", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+def test_no_character_turns_what_follows_around(small, capsys):
+    assert main(["recipes", "show", str(small), "description=a\u202eb\u2066"]) == 0
+    said = capsys.readouterr().out
+    assert "\\u202E" in said
+    assert said.replace("\n", "").isprintable()
+    assert main(["recipes", "list", str(small.parent)]) == 0
+
+
+FOLDERS = """\
+name: folders
+epochs: 1
+batch_size: 4
+device: cpu
+plugins:
+  image_folder: {root: images, size: 8}
+  resnet: {stem: 4, blocks: [1], channels: [4]}
+  cross_entropy:
+  sgd: {lr: 0.1}
+  metrics:
+  checkpoint:
+"""
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch, capsys):
+    """A run on a folder of images, `run`, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        for green, name in ((0, "cat"), (200, "dog")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for picture in range(4):
+                Image.new("RGB", (8, 8), (60 * picture, green, 9)).save(folder / f"{picture}.png")
+    (tmp_path / "folders.yaml").write_text(FOLDERS)
+    assert main(["run", "folders.yaml", "--run-dir", "run"]) == 0
+    capsys.readouterr()
+    return tmp_path
+
+
+def rename(folders):
+    for split in ("train", "test"):
+        (folders / "images" / split / "dog").rename(folders / "images" / split / "wolf")
+
+
+def test_pictures_in_differently_named_folders_are_other_classes(folders, capsys):
+    assert main(["evaluate", "run", "--checkpoint", "last"]) == 0
+    capsys.readouterr()
+    rename(folders)
+    assert main(["evaluate", "run", "--checkpoint", "last"]) == 2
+    said = capsys.readouterr().err
+    assert "data.classes was ['cat', 'dog'] and is ['cat', 'wolf']" in said
+    assert "--allow-changes" in said
+    assert main(["evaluate", "run", "--checkpoint", "last", "--allow-changes"]) == 0
+    assert "not evaluated as it was trained: data.classes was" in capsys.readouterr().out
+    assert main(["resume", "run", "epochs=2"]) == 2
+    assert "data.classes was ['cat', 'dog'] and is ['cat', 'wolf']" in capsys.readouterr().err
+
+
+def test_other_code_is_an_error_and_another_environment_a_note(folders, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(provenance, "threads", lambda: 63)
+        assert main(["evaluate", "run", "--checkpoint", "last"]) == 0
+        assert "environment.threads was" in capsys.readouterr().out
+    monkeypatch.setattr(provenance, "core_code", lambda: "other")
+    assert main(["evaluate", "run", "--checkpoint", "last"]) == 2
+    assert "environment.trainkit.code was" in capsys.readouterr().err
+
+
+def test_of_many_classes_the_first_that_differ_are_named():
+    names = [f"class{number}" for number in range(1000)]
+    other = [*names[:500], "x", *names[501:]]
+    (difference,) = provenance.compare({"data": {"classes": names}}, {"data": {"classes": other}})
+    assert str(difference) == "data.classes: 500 was class500 and is x"
+    (difference,) = provenance.compare({"data": {"classes": names}}, {"data": {"classes": names[::-1]}})
+    assert len(str(difference)) < 500
+
+
+def test_a_recipe_in_a_run_directory_says_what_differs_from_the_record(folders, capsys, monkeypatch):
+    monkeypatch.chdir("/")
+    again = [
+        "run",
+        str(folders / "run" / "recipe.yaml"),
+        "--dry-run",
+        f"plugins.image_folder.root={folders / 'images'}",
+    ]
+    assert main(again) == 0
+    assert "was recorded" not in capsys.readouterr().out
+    assert main([*again, "batch_size=2"]) == 0
+    said = capsys.readouterr().out
+    assert f"not as {folders / 'run'} was recorded, so its numbers may differ: batch_size was 4 and is 2" in said
+    rename(folders)
+    assert main(again) == 0
+    assert "data.classes was ['cat', 'dog'] and is ['cat', 'wolf']" in capsys.readouterr().out
+    (folders / "run" / "data.json").write_text("[]")
+    assert main(again) == 0
+    assert "its record is not what a run writes" in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_a_key_is_one_paragraph(folders, capsys):
+    run_dir = RunDir(folders / "run")
+    whole = run_dir.load_state("last")
+    for key in ("provenance", "model", "position", "schedules", "plugins", "cost"):
+        run_dir.write("checkpoints/last.pt", pack_state({name: value for name, value in whole.items() if name != key}))
+        for arguments in (["evaluate", "run", "--checkpoint", "last"], ["resume", "run", "epochs=2"]):
+            assert main(arguments) == 2
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1
+            assert f"'{key}'" in said
+
+
+def test_a_recipe_that_keeps_or_shows_nothing_is_told_so(small, capsys):
+    nothing = ["plugins.checkpoint=false", "plugins.metric_log=false"]
+    for arguments in (["--dry-run"], ["--run-dir", "out", "max_steps=1"]):
+        assert main(["run", str(small), *arguments, *nothing]) == 0
+        said = capsys.readouterr().out
+        assert [line.split(":")[1].strip() for line in said.splitlines() if line.startswith("warning")] == [
+            "nothing is saved",
+            "nothing is logged",
+            "nothing is shown until the end",
+        ]
+    assert main(["run", str(small), "--dry-run", "plugins.progress={}"]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_run_directory_may_begin_with_a_hyphen(small, capsys):
+    assert main(["run", str(small), "--run-dir=-x", "max_steps=1"]) == 0
+    assert main(["resume", "./-x"]) == 0
+    assert main(["resume", "--", "-x"]) == 0
+    capsys.readouterr()
+    assert _resume_command(Path("-x")) == "trainkit resume ./-x"

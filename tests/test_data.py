@@ -1,4 +1,7 @@
 import pickle
+import random
+import subprocess
+import sys
 from time import perf_counter, sleep
 from types import SimpleNamespace
 
@@ -101,8 +104,10 @@ class Failing(Decoded):
     ],
 )
 def test_an_error_of_a_worker_is_told_without_its_traceback(error, said):
+    batches = Batches(Failing(error), 2, CPU, workers=1)
     with pytest.raises(DataError) as caught:
-        list(Batches(Failing(error), 2, CPU, workers=1).iterate())
+        list(batches.iterate())
+    batches.close()
     assert str(caught.value) == said
     assert "Original Traceback" in str(caught.value.__cause__)
 
@@ -120,6 +125,97 @@ def test_workers_outlive_an_epoch_and_keep_the_order():
     for epoch in range(2):
         indices = epoch_permutation(0, epoch, 23)
         assert [t for b in batches.iterate(indices) for t in b.images[:, 0, 0, 0].tolist()] == indices.tolist()
+
+
+class Draws:
+    """Draws from every global generator for each image, as a user's data set with random crops of its own does."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        drawn = [torch.rand(()).item(), np.random.rand(), random.random(), index / 12]
+        return torch.tensor([255 * value for value in drawn]).to(torch.uint8).view(1, 2, 2), index % 10
+
+
+def images(batches, order, start=0, epoch=0):
+    found = [image for batch in batches.iterate(torch.tensor(order), start, epoch) for image in batch.images.tolist()]
+    batches.close()
+    return found
+
+
+ORDER = [3, 7, 3, 0, 11, 3, 5, 9]
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_image_is_drawn_alike_wherever_it_is_decoded(workers):
+    whole = images(Batches(Draws(), 3, CPU), ORDER)
+    batches = Batches(Draws(), 3, CPU, workers=workers)
+    assert images(batches, ORDER) == whole
+    for start in (1, 2):  # resumed inside the epoch; what was drawn before counts as repetitions
+        assert images(batches, ORDER, start) == whole[3 * start :]
+    first, second, third = (whole[n] for n, index in enumerate(ORDER) if index == 3)
+    assert first != second != third != first
+    assert whole[1] != images(batches, ORDER, epoch=1)[1]
+    assert whole[1] != images(Batches(Draws(), 3, CPU, seed=1), ORDER)[1]
+    assert whole[1] != images(Batches(Draws(), 3, CPU, name="test"), ORDER)[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_global_generators_are_as_before_after_a_pass(workers):
+    def state():
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+    before = state()
+    images(Batches(Draws(), 3, CPU, workers=workers), ORDER)
+    assert state() == before
+
+
+@pytest.mark.parametrize(
+    ("image", "target", "said"),
+    [
+        (torch.zeros(1, 2, 2), 0, "image 0 of the test split must be uint8 .C, H, W., not float32 .1, 2, 2."),
+        (torch.zeros(2, 2, dtype=torch.uint8), 0, "not uint8 .2, 2."),
+        ("picture", 0, "must be uint8 .C, H, W., not str"),
+        (torch.zeros(1, 2, 2, dtype=torch.uint8), "cat", "the target of image 0 of the test split must be a class or"),
+    ],
+)
+def test_what_a_split_gives_is_checked(image, target, said):
+    class Wrong(Decoded):
+        def __getitem__(self, index):
+            return image, target
+
+    with pytest.raises(DataError, match=said):
+        next(Batches(Wrong(4), 2, CPU, name="test").iterate())
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "shape"),
+    [
+        (3, torch.int64, ()),
+        (np.int64(3), torch.int64, ()),
+        (0.5, torch.float32, ()),
+        (torch.ones(4), torch.float32, (4,)),
+    ],
+)
+def test_targets_of_any_shape_are_stacked(target, dtype, shape):
+    class Any(Decoded):
+        def __getitem__(self, index):
+            return super().__getitem__(index)[0], target
+
+    data = Data(train=Any(4), test=in_memory(2), classes=(), shape=(3, 2, 2))
+    batch = next(Batches(data.train, 2, CPU).iterate())
+    assert (batch.targets.dtype, batch.targets.shape) == (dtype, (2, *shape))
+    assert data.has_class_targets == (dtype == torch.int64)
+
+
+def test_a_data_set_has_its_splits_by_name():
+    one, two = in_memory(2), in_memory(3)
+    data = Data(train=two, test=one, more={"corrupted": one}, classes=("a",), shape=(3, 2, 2))
+    assert list(data.splits) == ["train", "test", "corrupted"]
+    assert list(data.replace(validation=one).splits) == ["train", "validation", "test", "corrupted"]
+    assert data.replace(train=one).train is one
+    assert two.subset(torch.tensor([2, 0])).images[:, 0, 0, 0].tolist() == [2, 0]
 
 
 @given(st.integers(0, 1000), st.integers(0, 1000), st.integers(1, 200))
@@ -213,3 +309,49 @@ def test_a_pass_outside_of_the_loop_has_the_order_of_the_epoch():
     run = build_run({})
     seen = torch.cat([batch.indices for batch in run.iterate("train")])
     assert torch.equal(seen, epoch_permutation(0, 0, 32))
+
+
+def test_a_given_digest_identifies_a_split_and_its_parts():
+    images, targets = torch.zeros(6, 1, 2, 2, dtype=torch.uint8), torch.arange(6)
+    plain, given_one = TensorSplit(images, targets), TensorSplit(images, targets, digest="of the files")
+    assert given_one.fingerprint() == given_one.to(torch.device("cpu")).fingerprint() == "of the files"
+    assert plain.fingerprint() == TensorSplit(images.clone(), targets).fingerprint() != "of the files"
+
+    class Lazy:
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            return images[index], int(targets[index])
+
+        def fingerprint(self):
+            return "of the files"
+
+    indices = torch.tensor([4, 0, 5])
+    assert subset(given_one, indices).fingerprint() == subset(Lazy(), indices).fingerprint()
+    assert subset(given_one, indices.flip(0)).fingerprint() != subset(given_one, indices).fingerprint()
+
+
+EXITS = """
+import torch
+from trainkit.data import Batches
+
+class Fails:
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return (torch.zeros(3, 2, 2, dtype=torch.uint8), 0) if index != 30 else 1 / 0
+
+batches = Batches(Fails(), 2, torch.device("cpu"), workers=2)
+try:
+    list(batches.iterate())
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_whose_workers_are_still_at_work_ends():
+    done = subprocess.run([sys.executable, "-c", EXITS], capture_output=True, text=True, timeout=40, check=False)
+    assert (done.returncode, done.stdout) == (0, "DataError\n"), done.stderr

@@ -1,6 +1,7 @@
 from importlib.metadata import EntryPoint
 from typing import ClassVar
 
+import attrs
 import pytest
 from attrs import field
 
@@ -144,6 +145,13 @@ def test_an_argument_that_the_hook_does_not_offer_is_named_with_the_nearest():
     assert str(caught.value) == (
         "plugin 'p', epoch_end: the hook has no argument 'metric'; did you mean 'metrics'?; it offers run, metrics"
     )
+
+
+@pytest.mark.parametrize(("has", "lacks"), [("state_dict", "load_state_dict"), ("load_state_dict", "state_dict")])
+def test_state_needs_both_methods(has, lacks):
+    cls = attrs.define(type("P", (), {has: lambda self, *state: {}}))  # a class that @plugin did not see
+    with pytest.raises(PluginError, match=f"plugin 'p' has {has} and no {lacks}"):
+        register(active(p=cls()))
 
 
 def test_pluggys_ordering_options_are_refused():

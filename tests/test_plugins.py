@@ -26,6 +26,7 @@ SMALL = {"stem": 4, "blocks": [1], "channels": [4]}
 # Options for images of 8x8 pixels, where those of the README are for larger ones or name files.
 OPTIONS = {
     "figures": {"every": 1},
+    "freeze": {"modules": ["stages.0"], "epoch": 1},
     "kernel_sharing": {"within": ["stages.0"]},
     "random_crop": {"size": 8, "padding": 1},
     "random_resized_crop": {"size": 8},
@@ -40,6 +41,7 @@ BESIDE = {
     "checkpoint": {"metrics": {}},
     "early_stopping": {"metrics": {}},
     "figures": {"metrics": {}},
+    "freeze": {"resnet": SMALL},
     "kernel_sharing": {"resnet": {**SMALL, "blocks": [2]}},
     "metric_log": {"metrics": {"every": 1}},
     "reduce_lr_on_plateau": {"metrics": {}},

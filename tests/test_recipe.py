@@ -1,5 +1,7 @@
+import os
 import string
 import sys
+import time
 from enum import Enum
 from pathlib import Path
 from typing import Literal
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from trainkit.errors import RecipeError
 from trainkit.plugin import plugin
-from trainkit.recipe import load_recipe, make_options
+from trainkit.recipe import from_dict, load_recipe, make_options
 
 MINIMAL = "name: r\nepochs: 2\nbatch_size: 4\n"
 
@@ -432,3 +434,113 @@ def test_any_override_is_taken_or_one_clear_error(tmp_path_factory, overrides):
     recipe = only_trainkit_errors(lambda: load_recipe(path, overrides))
     if recipe is not None and "e" in recipe.plugins:
         only_trainkit_errors(lambda: make_options(recipe, "e", Example))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("5\n", "expected a mapping"),
+        ("some text\n", "expected a mapping"),
+        ("null\n", "expected a mapping"),
+        (MINIMAL + "expect: {parameters: []}\n", "expect"),
+        (MINIMAL + "expect: {parameters: 1" + "0" * 400 + "}\n", "expect.parameters: an integer beyond"),
+        (MINIMAL + "seed: 1" + "0" * 6000 + "\n", "integer beyond 9223372036854775807"),
+        (MINIMAL + "plugins: {e: {needed: 9223372036854775808}}\n", "plugins.e.needed: an integer beyond"),
+        (MINIMAL + "expect: {x: 1e999999}\nseed: 1.0e+400\n", "seed"),
+        (MINIMAL + "description: a\\\\${name}\n", "description: .*no resolvers"),
+        (MINIMAL + "description: $${source}\nsource: '{name}'\n", "description: .*is no reference"),
+        (MINIMAL + "plugins: {e: {needed: '$${source}'}}\nsource: '{name}'\n", "plugins.e.needed: .*is no reference"),
+        (MINIMAL + "plugins: {e: {'${name}': 1}}\n", "keys must be text, without references"),
+        (MINIMAL + "description: ${source}\nsource: ${description}\n", "references go in a circle"),
+        (MINIMAL + "description: ${plugins}\nplugins: {a: {x: '${plugins.a}'}}\n", "references go in a circle"),
+        (MINIMAL + "plugins: {a: {x: '${.x}'}}\n", "references go in a circle"),
+    ],
+)
+def test_what_no_recipe_can_mean_is_named(write, text, said):
+    with pytest.raises(RecipeError, match=said) as caught:
+        load_recipe(write(text))
+    assert len(str(caught.value)) < 1000
+
+
+def test_references_that_double_are_refused_before_they_are_resolved(write):
+    chain = "".join(f"  x{n}: '${{plugins.a.x{n - 1}}}${{plugins.a.x{n - 1}}}'\n" for n in range(1, 19))
+    text = MINIMAL + "plugins:\n a:\n  x0: '" + "x" * 500 + "'\n" + chain
+    assert len(text) < 3000
+    start = time.perf_counter()
+    for bomb in (text, text.replace("x" * 500, ""), MINIMAL + "plugins:\n a: {x: '" + "${name}" * 20_000 + "'}\n"):
+        with pytest.raises(RecipeError, match="larger than 512 KiB once its references are resolved"):
+            load_recipe(write(bomb))
+    assert time.perf_counter() - start < 10
+    with pytest.raises(RecipeError, match="more than 20 others"):
+        load_recipe(write(MINIMAL + "".join(f"x{n}: ${{x{n + 1}}}\n" for n in range(2000))))
+    copies = "".join(f"  x{n}: ['${{plugins.a.x{n - 1}}}', '${{plugins.a.x{n - 1}}}']\n" for n in range(1, 19))
+    with pytest.raises(RecipeError, match="once its references are resolved"):
+        load_recipe(write(MINIMAL + "plugins:\n a:\n  x0: [1]\n" + copies))
+
+
+def test_python_data_may_hold_no_resolver_either(write):
+    with pytest.raises(RecipeError, match="no resolvers"):
+        load_recipe(write(MINIMAL), {"description": "${oc.env:HOME}"})
+    with pytest.raises(RecipeError, match="no resolvers"):
+        from_dict({"name": "r", "epochs": 1, "batch_size": 1, "description": "${oc.env:HOME}"})
+
+
+tricky = st.text(
+    alphabet="${}\\.abename_@-+eE019:#'\" \n\t\u202e\u00e9\x85\x1b\ufeff\U0001f600", max_size=12
+) | st.sampled_from(
+    [
+        "${name}",
+        "$${name}",
+        "\\${name}",
+        "1e3",
+        "1_0",
+        "on",
+        "null",
+        "2020-01-01",
+        ".5",
+        "+.inf",
+        "0x1f",
+        "1:30",
+        "<<",
+        "=",
+    ]
+)
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | tricky,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(tricky, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(tricky, tricky, st.dictionaries(st.sampled_from(["a", "b", "a@1"]), st.dictionaries(tricky, plain, max_size=3)))
+@example("$${source}", "{name}", {})
+@example("\\${name}", "", {"a": {"x": "\\${name}"}})
+@example("1e3", "1_0", {"a": {"x": "1e3", "y": [".5", "+1", "on"]}})
+def test_whatever_loads_is_written_and_reads_back_equal(tmp_path_factory, description, source, plugins):
+    folder = tmp_path_factory.getbasetemp()
+    tree = {"name": "r", "epochs": 1, "batch_size": 1, "description": description, "source": source, "plugins": plugins}
+    try:
+        recipe = from_dict(tree)
+    except RecipeError:
+        return
+    text = recipe.to_yaml()
+    assert text.replace("\n", "").isprintable()
+    (folder / "back.yaml").write_text(text, encoding="utf-8")
+    assert load_recipe(folder / "back.yaml") == recipe
+
+
+@pytest.mark.parametrize("kind", ["fifo", "/dev/zero", "/dev/full", "folder", "loop"])
+def test_only_regular_files_are_read(write, tmp_path, kind):
+    path = tmp_path / "odd.yaml"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("odd.yaml" if kind == "loop" else kind)
+    for start in (path, write(MINIMAL + "extends: odd.yaml\n")):
+        with pytest.raises(RecipeError, match="odd.yaml.* (cannot be read|lies outside)"):
+            load_recipe(start)
+    with pytest.raises(RecipeError, match="not the path|cannot be read"):
+        load_recipe("a\0b.yaml")

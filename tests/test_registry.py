@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import textwrap
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainkit import registry
+from trainkit import cli, registry
 from trainkit.cli import main
 from trainkit.errors import PluginError
 from trainkit.recipe import from_dict, load_recipe
@@ -34,6 +35,17 @@ def site(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def nothing_reported(monkeypatch):
     monkeypatch.setattr(registry, "_reported", set())
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout of trainkit with the plugins zebra and okapi, as the current folder."""
+    for name in ("zebra", "okapi"):
+        (tmp_path / "plugins" / name).mkdir(parents=True)
+        (tmp_path / "plugins" / name / "pyproject.toml").touch()
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "trainkit"\n')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def recipe(requires=(), **plugins):
@@ -67,12 +79,9 @@ def test_a_plugin_that_fails_at_import_is_named(site):
         find(recipe(broken=None))["broken"].load()
 
 
-def test_missing_plugins_are_all_named_with_one_command(tmp_path, monkeypatch):
-    for name in ("zebra", "okapi"):
-        (tmp_path / "plugins" / name).mkdir(parents=True)
-        (tmp_path / "plugins" / name / "pyproject.toml").touch()
-    (tmp_path / "recipes").mkdir()
-    path = tmp_path / "recipes" / "r.yaml"
+def test_missing_plugins_are_all_named_with_one_command(checkout):
+    (checkout / "recipes").mkdir()
+    path = checkout / "recipes" / "r.yaml"
     path.write_text(
         textwrap.dedent("""\
         name: r
@@ -82,7 +91,6 @@ def test_missing_plugins_are_all_named_with_one_command(tmp_path, monkeypatch):
         plugins: {zebra: , okapi: , lion: , unicorn: }
         """)
     )
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(PluginError) as caught:
         find(load_recipe("recipes/r.yaml"))
     message = str(caught.value)
@@ -150,10 +158,7 @@ def test_requires_may_name_the_plugins_of_one_distribution(tmp_path, monkeypatch
     assert "plugin 'okapi' is not to be found" in message
 
 
-def test_a_requirement_given_by_name_comes_before_the_checkout(tmp_path, monkeypatch):
-    (tmp_path / "plugins" / "zebra").mkdir(parents=True)
-    (tmp_path / "plugins" / "zebra" / "pyproject.toml").touch()
-    monkeypatch.chdir(tmp_path)
+def test_a_requirement_given_by_name_comes_before_the_checkout(checkout):
     assert registry.source_of(recipe(zebra=None), "zebra") == "-e ./plugins/zebra"
     assert registry.source_of(recipe({"zebra": "acme-zebra"}, zebra=None), "zebra") == "acme-zebra"
 
@@ -267,3 +272,132 @@ def test_what_a_class_does_wrong_is_said_without_advice_to_reinstall(site):
     with pytest.raises(PluginError, match=r"plugin 'wrong' \(acme-wrong 0.3\): class Wrong .* field 'sizes'") as caught:
         installed()["wrong"][0].load()
     assert "reinstall" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("run.recipes/quickstart.yaml", "a name is lower-case letters"),
+        ("run.--help", "a name is lower-case letters"),
+        ("resume.runs", "only plugins, recipes, runs take further actions"),
+        ("run.quickstart", "only plugins, recipes, runs take further actions"),
+        ("plugins.list", "trainkit has this action itself"),
+        ("recipes.show", "trainkit has this action itself"),
+        ("plugins.list.more", "a name is lower-case letters"),
+        ("run", "trainkit has this command itself"),
+        ("runs", "trainkit has this command itself"),
+        ("--version", "a name is lower-case letters"),
+        ("-h", "a name is lower-case letters"),
+        ("Zebra", "a name is lower-case letters"),
+        ("x" * 41, "a name is lower-case letters"),
+    ],
+)
+def test_no_entry_point_takes_the_place_of_what_trainkit_has(site, capsys, name, reason):
+    cli._say_passed_over.cache_clear()
+    distribution(site, "acme-evil", group="trainkit.commands", entries=f"{name} = acme_evil_module:RUN")
+    (site / "acme_evil_module.py").write_text("raise SystemExit('imported')\n")
+    first, dot, second = name.partition(".")
+    assert main([first, second] if dot and "/" in second else ["plugins", "list"]) in (0, 2)
+    assert main([first, second, "x"] if second == "runs" else ["recipes", "show", "nothing.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert said.count(f"warning: the command {name!r} of acme-evil 1.0 is passed over: {reason}") == 1
+    assert "imported" not in said
+
+
+def test_an_action_may_be_added_where_actions_are(site, capsys):
+    distribution(site, "acme-more", group="trainkit.commands", entries="recipes.count = acme_count_module:RUN")
+    (site / "acme_count_module.py").write_text(
+        "class RUN:\n    HELP = 'Count 50 %, not %(prog)s.'\n    EXAMPLES = '%(prog)s \x1b[31m %d'\n"
+        "    add_arguments = lambda parser: None\n    run = lambda args: print('counted') or 0\n"
+    )
+    assert main(["recipes", "count"]) == 0
+    assert capsys.readouterr().out == "counted\n"
+    with pytest.raises(SystemExit):
+        main(["recipes", "count", "--help"])
+    said = capsys.readouterr().out
+    assert "Count 50 %, not %(prog)s." in said
+    assert "%(prog)s \\x1b[31m %d" in said
+
+
+def test_a_summary_is_printed_as_it_is(site, capsys):
+    info = distribution(site, "acme-more", group="trainkit.commands", entries="zebra = x:RUN")
+    (info / "METADATA").write_text("Name: acme-more\nVersion: 1.0\nSummary: 5 % %(prog)s %(nothing)s \x1b[2J\u202e\n")
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert "5 % %(prog)s %(nothing)s \\x1b[2J\\u202e" in said
+
+
+@pytest.mark.parametrize(
+    "raised", ["SystemExit(0)", "Stop('now')", "Interrupt('now')", "GeneratorExit()", "RecursionError('deep')"]
+)
+def test_whatever_an_import_raises_is_one_paragraph(site, capsys, raised):
+    distribution(site, "acme-ends", entries="ends = acme_ends_module:X")
+    distribution(site, "acme-ends-too", group="trainkit.commands", entries="ends = acme_ends_module:X")
+    (site / "acme_ends_module.py").write_text(
+        f"class Stop(BaseException): pass\nclass Interrupt(KeyboardInterrupt): pass\nraise {raised}\n"
+    )
+    for arguments, what in ((["plugins", "show", "ends"], "plugin"), (["ends"], "command")):
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {what} 'ends' (acme-ends")
+        assert "failed at import of acme_ends_module:X" in said
+        assert said.count("\n") == 1
+
+
+def test_a_command_that_ends_the_process_is_said(site, capsys):
+    distribution(site, "acme-ends", group="trainkit.commands", entries="ends = acme_ends_command:RUN")
+    (site / "acme_ends_command.py").write_text(
+        "class RUN:\n    HELP = ''\n    add_arguments = lambda parser: None\n    run = lambda args: exit(0)\n"
+    )
+    assert main(["ends"]) == 1
+    assert "SystemExit: 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [None, "", "[project]\nname = 'other'\n", "[", "project = 3\n", "fifo"])
+def test_only_a_checkout_of_trainkit_is_where_plugins_come_from(checkout, text):
+    path = checkout / "pyproject.toml"
+    path.unlink()
+    if text == "fifo":
+        os.mkfifo(path)
+    elif text is not None:
+        path.write_text(text)
+    (checkout / "deep").mkdir()
+    (checkout / "deep" / "r.yaml").write_text("name: r\nepochs: 1\nbatch_size: 1\nplugins: {zebra: }\n")
+    missing = load_recipe(checkout / "deep" / "r.yaml")
+    assert registry.source_of(missing, "zebra") is None
+    with pytest.raises(PluginError, match="not to be found in this checkout"):
+        find(missing)
+    path.unlink(missing_ok=True)
+    path.write_text('[project]\nname = "trainkit"\n')
+    assert registry.source_of(missing, "zebra") == "-e ./plugins/zebra"
+
+
+def test_no_program_of_the_current_folder_is_run(tmp_path, monkeypatch):
+    (tmp_path / "git").write_text("#!/bin/sh\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    for path in (".", "", ":", "bin/..:"):
+        monkeypatch.setenv("PATH", path)
+        assert registry.program("git") is None
+    monkeypatch.setenv("PATH", f".:{tmp_path}")
+    assert registry.program("git") == str(tmp_path / "git")
+
+
+def test_who_provides_a_hook_is_told_without_importing_anything(site):
+    distribution(
+        site,
+        "acme-loss",
+        entries="zebra = acme_loss.inner.module:Zebra\nokapi = acme_loss.inner.module:Okapi\nno = a:B",
+    )
+    (site / "acme_loss" / "inner").mkdir(parents=True)
+    for folder in ("acme_loss", "acme_loss/inner"):
+        (site / folder / "__init__.py").write_text("raise SystemExit\n")
+    (site / "acme_loss" / "inner" / "module.py").write_text(
+        "raise SystemExit\nclass Zebra:\n    @hookimpl\n    def loss(self): ...\n"
+        "class Okapi:\n    def loss(self): ...\n"
+    )
+    found = registry.providers("loss")
+    assert "zebra" in found
+    assert "cross_entropy" in found
+    assert not {"okapi", "no", "sgd"} & set(found)
+    assert "acme_loss" not in sys.modules

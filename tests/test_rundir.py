@@ -1,15 +1,19 @@
+import io
 import json
 import os
 import pickle
 import subprocess
 import sys
+import zipfile
+from hashlib import blake2b
+from pathlib import Path
 
 import pytest
 import torch
 
 from trainkit.errors import CheckpointError, UsageError
 from trainkit.recipe import from_dict
-from trainkit.rundir import RunDir, atomic_write, pack_state
+from trainkit.rundir import DIGEST_SIZE, RunDir, atomic_write, pack_state, parse_json, read_regular
 
 RECIPE = from_dict({"name": "r", "epochs": 1, "batch_size": 1, "seed": 7})
 
@@ -167,3 +171,86 @@ def test_a_directory_that_is_no_run_is_named(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UsageError, match="x.json: not the file of a run"):
         RunDir(tmp_path).read_json("x.json")
+
+
+@pytest.fixture(params=["fifo", "/dev/zero", "/dev/full", "socket"])
+def odd(request, tmp_path):
+    """A path that is there and is no regular file; reading it would block, or never end."""
+    path = tmp_path / "odd"
+    if request.param == "fifo":
+        os.mkfifo(path)
+    elif request.param == "socket":
+        os.mknod(path, 0o140600)
+    else:
+        path.symlink_to(request.param)
+    return path
+
+
+def test_only_regular_files_are_read(odd):
+    with pytest.raises(OSError, match="no regular file|No such device"):
+        read_regular(odd, 10)
+
+
+def test_what_is_read_counts_and_not_the_size_that_the_system_gives(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(b"0123456789")
+    assert read_regular(path, 10) == b"0123456789"
+    with pytest.raises(OSError, match="larger than 9 bytes"):
+        read_regular(path, 9)
+    with pytest.raises(IsADirectoryError):
+        read_regular(tmp_path, 9)
+    assert read_regular(Path("/proc/self/status"), 1 << 20).startswith(b"Name:")  # its size is 0
+    with path.open("r+b") as file:
+        file.truncate(1 << 40)  # a terabyte without blocks
+    with pytest.raises(OSError, match="larger than 1 MiB"):
+        read_regular(path, 1 << 20)
+
+
+@pytest.mark.parametrize("document", ["[" * 200 + "]" * 200, "[" * 10**6, '{"a":' * 150 + "1" + "}" * 150, "1" * 5000])
+def test_a_document_that_cannot_be_walked_through_is_refused(tmp_path, document):
+    with pytest.raises(ValueError, match="nested deeper|Exceeds|Expecting"):
+        parse_json(document)
+    (tmp_path / "x.json").write_text(document)
+    with pytest.raises(UsageError, match="x.json: not the file of a run: "):
+        RunDir(tmp_path).read_json("x.json")
+    assert parse_json("[" * 100 + "]" * 100)
+
+
+def test_no_file_of_a_run_directory_blocks(odd, tmp_path):
+    run_dir = RunDir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    odd.rename(tmp_path / "checkpoints" / "last.pt")
+    with pytest.raises(CheckpointError, match="no checkpoint: .*(no regular file|No such device)"):
+        run_dir.load_state("last")
+    (tmp_path / "checkpoints" / "last.pt").rename(tmp_path / "environment.json")
+    with pytest.raises(UsageError, match="no regular file|No such device"):
+        run_dir.read_json("environment.json")
+
+
+def sealed(body):
+    """Return an archive with trainkit's checksum as its comment."""
+    body = body[:-2] + DIGEST_SIZE.to_bytes(2, "little")
+    return body + blake2b(body, digest_size=DIGEST_SIZE).digest()
+
+
+def test_a_checkpoint_that_would_be_larger_in_memory_is_refused(tmp_path, monkeypatch):
+    saved = io.BytesIO()
+    torch.save({"x": torch.zeros(10**6)}, saved)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+    bomb = sealed(packed.getvalue())
+    assert len(bomb) < 20_000
+    monkeypatch.setattr(torch, "load", None)  # refused before
+    for data in (bomb, sealed(pickle.dumps({}) + b"  ")):
+        RunDir(tmp_path).write("checkpoints/last.pt", data)
+        with pytest.raises(CheckpointError, match="last.pt: refused: (it would be larger in memory|not the archive)"):
+            RunDir(tmp_path).load_state("last")
+
+
+def test_a_refused_checkpoint_repeats_no_advice_to_load_it_unprotected(tmp_path):
+    RunDir(tmp_path).write("checkpoints/last.pt", pack_state({"x": Evil}))
+    with pytest.raises(CheckpointError, match=r"refused: .*it names [\w.]*Evil") as caught:
+        RunDir(tmp_path).load_state("last")
+    assert "weights_only" not in str(caught.value)

@@ -10,9 +10,18 @@ import pytest
 import torch
 from attrs import field
 
-from trainkit.errors import RunError
+from trainkit.errors import PluginError, RunError
 from trainkit.plugin import hookimpl, plugin
-from trainkit.testing import assert_conforms, assert_light_imports, record_hooks, run_steps
+from trainkit.testing import (
+    assert_conforms,
+    assert_light_imports,
+    assert_refuses,
+    build_run,
+    from_recipe,
+    record_hooks,
+    run_steps,
+    watch,
+)
 
 pytest_plugins = ["pytester"]
 numbers = count()
@@ -26,7 +35,7 @@ def made(tmp_path, monkeypatch):
 
     def write(body):
         module = f"made_{next(numbers)}"
-        head = "import os, signal, threading\nimport torch\nfrom attrs import field\nfrom torch import nn\n"
+        head = "import os, signal, threading\nimport attrs, torch\nfrom attrs import field\nfrom torch import nn\n"
         head += "from trainkit.plugin import hookimpl, plugin\n\n@plugin\nclass Made:\n"
         (tmp_path / f"{module}.py").write_text(head + textwrap.indent(textwrap.dedent(body), "    "))
         return import_module(module).Made
@@ -276,6 +285,31 @@ def test_pytest_offers_tiny_run_and_imports_nothing_for_it(pytester):
         """
     )
     assert pytester.runpytest_subprocess().parseoutcomes() == {"passed": 2}
+
+
+def test_watch_calls_functions_in_hooks_with_the_arguments_that_they_need():
+    seen = []
+    noted = watch(
+        step_end=lambda run: seen.append(run.step),
+        transform_loss=lambda run, loss: loss * 2,
+        epoch_end=lambda metrics: seen.append(metrics["epoch"]),
+    )
+    run_steps({"noted": noted, "other": watch(fit_end=lambda: seen.append("end"))}, steps=4)
+    assert seen == [1, 2, 3, 4, 1, "end"]
+    with pytest.raises(PluginError, match="'no_hook' is not a hook"):
+        build_run({"noted": watch(no_hook=lambda run: None)})
+
+
+def test_options_are_made_and_refused_as_those_of_a_recipe(made):
+    cls = made("sizes: tuple[int, ...]\nshare: float = field(default=0.5, validator=attrs.validators.le(1))")
+    assert from_recipe(cls, sizes=[1, 2], share=1).sizes == (1, 2)
+    assert_refuses(cls, "sizes")
+    assert_refuses(cls, "sizes", "large", [0.5])
+    assert_refuses(cls, "share", 2, "half", sizes=[1])
+    with pytest.raises(AssertionError, match=r"Made takes \{'sizes': \[1\], 'share': 1\}"):
+        assert_refuses(cls, "share", 2, 1, sizes=[1])
+    with pytest.raises(AssertionError, match="the error does not name it"):
+        assert_refuses(cls, "share", 1)
 
 
 LYING = """

@@ -7,6 +7,7 @@ image under random generators that depend on seed, epoch and index alone.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
@@ -63,10 +64,12 @@ class TensorSplit:
     Args:
         images: uint8 [N, C, H, W].
         targets: int64 [N], classes counted from 0; or any tensor [N, ...].
+        digest: identifies the content, where the files that it was decoded from do; by default pixels and targets do.
     """
 
     images: Tensor
     targets: Tensor
+    digest: str | None = attrs.field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
@@ -83,15 +86,16 @@ class TensorSplit:
 
     def to(self, device: torch.device) -> TensorSplit:
         """Return the split with its tensors on `device`."""
-        return TensorSplit(self.images.to(device), self.targets.to(device))
+        return TensorSplit(self.images.to(device), self.targets.to(device), digest=self.digest)
 
     def subset(self, indices: Tensor) -> TensorSplit:
         """Return the split of these images, in this order; `indices` is int64 [n]."""
-        return TensorSplit(self.images[indices], self.targets[indices])
+        digest = None if self.digest is None else subset_digest(self.digest, indices.cpu().numpy())
+        return TensorSplit(self.images[indices], self.targets[indices], digest=digest)
 
     def fingerprint(self) -> str:
-        """Return a digest of every pixel and target, computed once."""
-        return self._digest
+        """Return the digest that was given, or one of every pixel and target, computed once."""
+        return self.digest or self._digest
 
     @cached_property
     def _digest(self) -> str:
@@ -129,9 +133,14 @@ class Subset:
         """Return a digest of the whole split's fingerprint and the indices."""
         from trainkit.provenance import fingerprint
 
-        digest = blake2b(fingerprint(self.split).encode(), digest_size=16)
-        digest.update(np.ascontiguousarray(self.indices).data)
-        return digest.hexdigest()
+        return subset_digest(fingerprint(self.split), self.indices)
+
+
+def subset_digest(whole: str, indices: NDArray[np.int64]) -> str:
+    """Return what identifies some images of a split, given what identifies the split."""
+    digest = blake2b(whole.encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(indices).data)
+    return digest.hexdigest()
 
 
 def subset(split: Split, indices: Tensor) -> Split:
@@ -325,6 +334,7 @@ class Batches:
             persistent_workers=self.workers > 0,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_leave_signals_to_the_run,
+            generator=torch.Generator(),  # else each pass draws from the global one, to seed its workers
         )
 
     def _decode(self, chunks: list[list[int]], before: Tensor, epoch: int) -> Iterator[Batch]:
@@ -344,10 +354,10 @@ class Batches:
         try:
             loader.batch_sampler.batches = batches  # type: ignore[union-attr]
             passing = iter(loader)
-            if self.workers and threading.current_thread() is threading.main_thread():
+            has_handler = self.workers and hasattr(signal, "SIGCHLD")  # Windows has no such signal
+            if has_handler and threading.current_thread() is threading.main_thread():
                 # torch's handler raises wherever Python happens to be; a dead worker is found at its next batch anyway
-                if hasattr(signal, "SIGCHLD"):  # Windows has none
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for images, targets, indices in passing:
                 moved = (tensor.to(self.device, non_blocking=True) for tensor in (images, targets, indices))
                 yield Batch(*moved)
@@ -390,13 +400,16 @@ def _from_worker(text: str) -> DataError | None:
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Ignore the signals that stop a run: they reach the whole process group, and the run still needs its workers.
+    """Leave the process group: Ctrl-C, ``timeout`` and others signal all of it, and a run that saves needs its workers.
 
-    A run that saves and ends tells its workers to end; those of a run that died notice it by themselves.
+    The workers of a run that ends are told to end, and those of one that died notice it by themselves.
     """
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(os, "setpgid"):  # Windows has no process groups
+        os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler that is inherited from the run
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class _Decoded(Dataset[tuple[Tensor, Any, int]]):

@@ -18,7 +18,7 @@ from trainkit import hookspecs
 from trainkit.errors import PluginError, TrainkitError, blame, did_you_mean
 from trainkit.plugin import declared
 from trainkit.recipe import Recipe, make_options
-from trainkit.registry import Installed, base_name, find
+from trainkit.registry import Installed, base_name, find, providers
 
 __all__ = ["CallWrapper", "Hooks", "Implementation", "LoadedPlugin", "load_plugins", "register"]
 
@@ -163,9 +163,10 @@ class Hooks:
         if impl is not None:
             return lambda *args: impl.checked(returns, *args)
         if default is None:
+            able = ", ".join(providers(hook))
             raise PluginError(
-                f"no plugin of the recipe provides {hook!r}; list one that does "
-                "(`trainkit plugins list` shows what is installed)"
+                f"no plugin of the recipe provides {hook!r}; list one that does: "
+                + (f"installed are {able}" if able else "`trainkit plugins list` shows what is installed")
             )
         return default
 
@@ -206,7 +207,9 @@ class Hooks:
         """
         try:
             yield
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            if type(error) is KeyboardInterrupt:  # the user's, and no class of a plugin's own
+                raise
             if named := self.explain(error, kind):
                 raise named from error
             raise
@@ -248,7 +251,9 @@ def load_plugins(recipe: Recipe, wrap_call: CallWrapper | None = None) -> Hooks:
             plugins.append(LoadedPlugin(name, make_options(recipe, name, cls), found))
         except TrainkitError:
             raise
-        except Exception as error:
+        except BaseException as error:
+            if type(error) is KeyboardInterrupt:
+                raise
             said = " ".join(f"{type(error).__name__}: {error}".split())
             raise PluginError(f"{LoadedPlugin(name, None, found)} failed in its construction: {said}") from error
     return register(plugins, recipe.where, wrap_call)

@@ -60,7 +60,8 @@ def plugin(cls: C) -> C:
 
     * ``after``, ``before``: names of plugins that it must follow or precede in a recipe;
     * ``conflicts``: names of plugins that it cannot run beside;
-    * ``claims``: exclusive slots, such as ``"lr_schedule"``, that no second plugin may claim;
+    * ``claims``: exclusive slots, such as ``"lr_schedule"``, that no second plugin may claim. ``"checkpoints"`` is the
+      run directory's ``checkpoints/last.pt``, ``"terminal"`` what shows progress: ``trainkit run`` warns without them;
     * ``observer = True``: it only watches. Leaving it out changes no bit of weights and metrics, so it may be dropped
       or added when a run is resumed;
     * ``without_effect``: options that cannot change a bit of a result, such as where the data lie;

@@ -19,7 +19,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,11 +30,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
-from packaging.requirements import InvalidRequirement, Requirement
 
 from trainkit import __version__
-from trainkit.errors import PluginError
+from trainkit.errors import CheckpointError, PluginError, UsageError
 from trainkit.plugin import declared as declared_by
+from trainkit.registry import program, requirements
+from trainkit.rundir import open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -51,12 +51,14 @@ __all__ = [
     "LISTED",
     "Difference",
     "compare",
+    "compare_state",
     "digest",
     "file_digest",
     "fingerprint",
     "from_files",
     "machine",
     "material",
+    "read",
     "record",
     "state_digest",
     "write",
@@ -66,6 +68,8 @@ DIGEST_SIZE = 16
 
 ABSENT = "absent"  #: stands in a difference for a value that a record does not have
 LISTED = "listed"  #: stands in a difference for a plugin that a recipe lists
+
+FEW = 10  # elements of a list that a difference names
 
 #: What a difference does: the numbers may differ; the run is longer or shorter; nothing.
 Effect = Literal["numbers", "length", "none"]
@@ -133,7 +137,9 @@ def record(run: Run) -> dict[str, Any]:
 def recipe_record(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe with its defaults; the plugins' options stand in the records of the plugins."""
     plain = {name: value for name, value in recipe.to_dict().items() if name != "plugins"}
-    return {**plain, "test_batch_size": recipe.test_batch_size or recipe.batch_size}
+    if plain.get("test_batch_size") == recipe.batch_size:  # the default, written out
+        del plain["test_batch_size"]
+    return plain
 
 
 def plugin_records(plugins: Mapping[str, LoadedPlugin]) -> list[dict[str, Any]]:
@@ -279,27 +285,20 @@ def _normal(name: str) -> str:
 @cache  # installing a package does not change what this process has imported
 def _version(name: str) -> str:
     try:
-        return importlib.metadata.version(name)
+        return importlib.metadata.version(name) or "unknown"
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+    except Exception:  # parsing a damaged file may raise anything
+        return "unknown"
 
 
 @cache
 def _required(name: str) -> tuple[str, ...]:
     """Return the distributions that one requires on this machine, without its extras."""
     try:
-        texts = importlib.metadata.requires(name) or []
-    except importlib.metadata.PackageNotFoundError:
+        return tuple(requirement.name for requirement in requirements(importlib.metadata.distribution(name)))
+    except (importlib.metadata.PackageNotFoundError, ValueError):
         return ()
-    names = []
-    for text in texts:
-        try:
-            requirement = Requirement(text)
-        except InvalidRequirement:  # another package's damaged metadata
-            continue
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            names.append(requirement.name)
-    return tuple(names)
 
 
 @cache
@@ -421,7 +420,7 @@ def revision() -> str | None:
     make it run programs.
     """
     checkout = Path(__file__).resolve().parents[1]
-    git = shutil.which("git")
+    git = program("git")
     if git is None or not ((checkout / ".git").exists() and (checkout / "pyproject.toml").is_file()):
         return None
     command = [git, "-c", "core.fsmonitor=false", "-C", str(checkout), "describe", "--always", "--dirty"]
@@ -513,7 +512,7 @@ def _declared_value(implementation: Implementation, name: str, value: Path | str
 def file_digest(path: Path) -> str:
     """Return a file's content as ``blake2b:<digest>``, which says how it was made."""
     digest = blake2b(digest_size=DIGEST_SIZE)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return f"blake2b:{digest.hexdigest()}"
@@ -614,20 +613,35 @@ def write(made: Mapping[str, Any], run_dir: RunDir) -> None:
     run_dir.add_json("data.json", made["data"])
 
 
+def read(run_dir: RunDir, recipe: Recipe) -> dict[str, Any]:
+    """Return the record that the files of a run's first session hold.
+
+    Raises:
+        TrainkitError: a file is missing, or is not what a run writes.
+    """
+    plugins, environment, data = (
+        run_dir.read_json(name) for name in ("plugins.lock.json", "environment.json", "data.json")
+    )
+    listed = isinstance(plugins, list) and all(isinstance(each, dict) and "name" in each for each in plugins)
+    if not (listed and isinstance(environment, dict) and isinstance(data, dict)):
+        raise UsageError(f"{run_dir.path}: its record is not what a run writes")
+    return from_files(recipe, plugins, environment, data)
+
+
 def from_files(
-    recipe: Recipe, plugins: Sequence[Mapping[str, Any]], environment: Mapping[str, Any], data: Mapping[str, Any]
+    recipe: Recipe | None, plugins: Sequence[Mapping[str, Any]], environment: Mapping[str, Any], data: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the record that a run directory holds.
 
     Args:
-        recipe: what ``recipe.yaml`` holds, resolved.
+        recipe: what ``recipe.yaml`` holds, resolved; None where it cannot be read.
         plugins: what ``plugins.lock.json`` holds.
         environment: what ``environment.json`` holds.
         data: what ``data.json`` holds.
     """
     rest = {name: value for name, value in environment.items() if name not in BESIDE}
     return {
-        "recipe": recipe_record(recipe),
+        "recipe": {} if recipe is None else recipe_record(recipe),
         "plugins": plugins,
         "environment": rest,
         "data": data,
@@ -654,13 +668,36 @@ class Difference:
     values: tuple[Any, ...]
     effect: Effect = "numbers"
 
+    @property
+    def is_of_meaning(self) -> bool:
+        """Whether it is of the classes or the code: what a metric means, and not only its last digits."""
+        return self.key in ("data.classes", "environment.trainkit.code") or self.key.endswith(" code")
+
     def __str__(self) -> str:
         before, after = self.values[0], self.values[-1]
+        if isinstance(before, list) and isinstance(after, list) and len(before) == len(after) > FEW:
+            places = [place for place, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+            changed = [f"{place} was {before[place]} and is {after[place]}" for place in places[:FEW]]
+            rest = [f"and {len(places) - FEW} more"] if len(places) > FEW else []
+            return f"{self.key}: {', '.join([*changed, *rest])}"
         if after == LISTED:
             return f"{self.key} was added"
         if before == LISTED:
             return f"{self.key} was dropped"
         return f"{self.key} was {before} and is {after}"
+
+
+def compare_state(state: Mapping[str, Any], run: Run) -> list[Difference]:
+    """Return the differences between what a checkpoint's run depended on, and what this one does.
+
+    Raises:
+        CheckpointError: the checkpoint holds no such record.
+    """
+    now = record(run)
+    try:
+        return compare(state["provenance"], now)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the checkpoint holds no record of what its run depended on: {error!r}") from error
 
 
 def compare(*records: Mapping[str, Any]) -> list[Difference]:

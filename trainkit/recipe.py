@@ -6,8 +6,10 @@ against the schema below. The options of a plugin are held against its class whe
 
 from __future__ import annotations
 
+import errno
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
@@ -23,12 +25,15 @@ from trainkit.errors import PluginError, RecipeError, did_you_mean
 from trainkit.options import option_types, type_name
 from trainkit.plugin import declared
 from trainkit.registry import base_name, installed
+from trainkit.rundir import read_regular
 
 __all__ = ["Recipe", "load_recipe", "make_options"]
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 20
-_REFERENCE = re.compile(r"\$\{[\w.@-]+\}")
+MAX_INTEGER = 2**63 - 1  # what torch can count to
+REFERENCE_COST = 64  # in characters; omegaconf takes a tenth of a millisecond to resolve one
+_REFERENCE = re.compile(r"\$\{([\w.@-]+)\}")
 _PLUGIN = re.compile(r"[^@]+(@[A-Za-z0-9_-]+)?")
 
 
@@ -93,9 +98,22 @@ class Recipe:
         return attrs.asdict(self, filter=is_written)
 
     def to_yaml(self) -> str:
-        """Return the recipe as a YAML document."""
-        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+        """Return the recipe as a YAML document that :func:`load_recipe` reads back and a terminal may show."""
+        plain = self.to_dict()
+        text: str = yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+        if not text.replace("\n", "").isprintable():  # such as characters that turn the direction of writing
+            text = yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
         return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what omegaconf's rules read back: neither aliases nor text without quotes that it takes for a number."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+.]?[0-9][-+.0-9_eE]*"), list("-+.0123456789"))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
@@ -123,16 +141,21 @@ def from_dict(tree: Mapping[str, Any], path: Path | None = None) -> Recipe:
         RecipeError: see :func:`load_recipe`.
     """
     where = str(path) if path else "recipe"
+    _check_plain(tree, where)
     tree = dict(tree)
     tree["plugins"] = _listed_plugins(where, tree.get("plugins") or {})
     _check_requires(where, tree.get("requires", []))
     if isinstance(tree.get("expect"), Mapping):  # `expect.parameters=null` withdraws what a base recipe expects
         tree["expect"] = {metric: value for metric, value in tree["expect"].items() if value is not None}
+    _refuse_growth(tree, where)
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
         place = f"{where}: {key}" if (key := getattr(error, "full_key", None)) else where
         raise RecipeError(f"{place}: {_first_line(error)}") from error
+    for key, value in _texts(resolved):
+        if "${" in value:  # nothing may be left that reading the written recipe would resolve once more
+            raise RecipeError(f"{where}: {key}: {value!r} is no reference to a key; a text cannot hold '${{' otherwise")
     values = _checked(where, "", Recipe, cast(dict[str, Any], resolved))
     recipe: Recipe = _construct(where, "", Recipe, {**values, "path": path})
     return recipe
@@ -216,7 +239,7 @@ def _convert(place: str, annotation: Any, value: Any) -> Any:
         config = OmegaConf.merge(OmegaConf.structured(schema), {"value": value})
         options = OmegaConf.to_container(config, throw_on_missing=True, structured_config_mode=SCMode.INSTANTIATE)
         converted = options.value  # type: ignore[union-attr]
-    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+    except (OmegaConfBaseException, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         inner = str(getattr(error, "full_key", None) or "").removeprefix("value")
         # omegaconf 2.4.0 leaves these two words in its message on an element of a tuple
         message = _first_line(error).replace("'$VALUE'", repr(value)).replace("$VALUE_TYPE", type(value).__name__)
@@ -273,7 +296,10 @@ def _list(names: Mapping[str, Any]) -> str:
 
 
 def _read_with_bases(path: Path, root: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    resolved = path.resolve()
+    try:
+        resolved = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links that lead in a circle, until Python 3.13
+        raise RecipeError(f"{path}: cannot be read: its links lead nowhere") from error
     if resolved in seen:
         circle = ", ".join(each.name for each in seen)
         raise RecipeError(f"{path}: extends: goes in a circle through {circle}")
@@ -284,9 +310,13 @@ def _read_with_bases(path: Path, root: Path, seen: tuple[Path, ...]) -> dict[str
     if not isinstance(base, str):
         raise RecipeError(f"{path}: extends: expected the name of one recipe file, got {base!r}")
     target = path.parent / base
-    if "\0" in base or not target.resolve().is_relative_to(root.resolve()):
+    try:
+        inside = target.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RecipeError(f"{path}: extends: {base!r} cannot be read: its links lead nowhere") from error
+    if not inside:
         raise RecipeError(f"{path}: extends: {base!r} lies outside the recipe's own folder; copy it there")
-    if not target.exists():
+    if not os.path.lexists(target):
         others = [each.name for each in sorted(target.parent.glob("*.yaml")) if each.resolve() != resolved]
         raise RecipeError(f"{path}: extends: {base!r} does not exist{did_you_mean(target.name, others)}")
     return _extend(_read_with_bases(target, root, (*seen, resolved)), tree)
@@ -294,16 +324,17 @@ def _read_with_bases(path: Path, root: Path, seen: tuple[Path, ...]) -> dict[str
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = path.read_bytes() if path.stat().st_size <= MAX_BYTES else None
+        data = read_regular(path, MAX_BYTES)
     except FileNotFoundError:
         folder = path.parent if path.parent.is_dir() else Path("recipes")
         near = [each.name for each in sorted(folder.glob("*.yaml"))]
         close = did_you_mean(path.name, near) or did_you_mean(f"{path.name}.yaml", near)
         raise RecipeError(f"{path}: no such recipe{close}") from None
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
-    if data is None:
-        raise RecipeError(f"{path}: larger than {MAX_BYTES // 1024} KiB; a recipe lists plugins, it holds no data")
+        cure = "; a recipe lists plugins, it holds no data" if error.errno == errno.EFBIG else ""
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}{cure}") from error
+    except ValueError as error:
+        raise RecipeError(f"{str(path)!r}: not the path of a file") from error
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -315,7 +346,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _parse(text: str, where: str) -> Any:
-    """Parse YAML into plain data; refuses tags, aliases and depth before anything is constructed."""
+    """Parse YAML into plain data; refuses tags, aliases, depth and a lone value before anything is constructed."""
     depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -326,6 +357,8 @@ def _parse(text: str, where: str) -> Any:
                 )
             if (tag := getattr(event, "tag", None)) is not None:
                 raise RecipeError(f"{where}, line {line}: YAML tag {tag!r} refused; a recipe is plain data")
+            if depth == 0 and isinstance(event, yaml.ScalarEvent) and event.value:
+                raise RecipeError(f"{where}: expected a mapping with name, epochs, batch_size and plugins")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise RecipeError(f"{where}, line {line}: nested deeper than {MAX_DEPTH} levels")
@@ -335,24 +368,94 @@ def _parse(text: str, where: str) -> Any:
         problem = " ".join(str(error).split())
         raise RecipeError(f"{where}: YAML syntax: {problem}") from error
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise RecipeError(f"{where}: {_first_line(error)}") from error
-    _refuse_resolvers(value, where)
+        reason = _first_line(error)
+        if "integer string conversion" in reason:
+            reason = f"an integer beyond {MAX_INTEGER}, which torch cannot hold"
+        raise RecipeError(f"{where}: {reason}") from error
+    _check_plain(value, where)
     return value
 
 
-def _refuse_resolvers(value: Any, where: str, key: str = "") -> None:
-    """Only references to other keys, ``${epochs}``, may be interpolated: resolvers could read files or variables."""
-    if isinstance(value, dict):
+def _check_plain(value: Any, where: str, key: str = "") -> None:
+    """Hold plain data against what a recipe may say.
+
+    Only references to other keys, ``${epochs}``, may be interpolated: resolvers could read files or variables.
+
+    Raises:
+        RecipeError: a key is no text, a text holds a resolver, or an integer is one that torch cannot hold.
+    """
+    if isinstance(value, Mapping):
         for inner, element in value.items():
-            if not isinstance(inner, str):
-                raise RecipeError(f"{where}: {key}{inner!r}: keys must be text")
-            _refuse_resolvers(inner, where, key)
-            _refuse_resolvers(element, where, f"{key}{inner}.")
-    elif isinstance(value, list):
+            if not isinstance(inner, str) or "${" in inner:
+                raise RecipeError(f"{where}: {key}{inner!r}: keys must be text, without references")
+            _check_plain(element, where, f"{key}{inner}.")
+    elif isinstance(value, list | tuple):
         for position, element in enumerate(value):
-            _refuse_resolvers(element, where, f"{key}{position}.")
-    elif isinstance(value, str) and "${" in _REFERENCE.sub("", value):
+            _check_plain(element, where, f"{key}{position}.")
+    elif isinstance(value, str) and ("${" in _REFERENCE.sub("", value) or "\\${" in value):
         raise RecipeError(f"{where}: {key.rstrip('.')}: {value!r}: only ${{key}} references are allowed, no resolvers")
+    elif isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise RecipeError(f"{where}: {key.rstrip('.')}: an integer beyond {MAX_INTEGER}, which torch cannot hold")
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each text in plain data, with its dotted key."""
+    if isinstance(value, str):
+        yield key, value
+    for inner, element in _members(value):
+        yield from _texts(element, f"{key}.{inner}" if key else inner)
+
+
+def _members(value: Any) -> list[tuple[str, Any]]:
+    """Return the parts of a mapping or a list, with their keys."""
+    if isinstance(value, Mapping):
+        return [(str(name), inner) for name, inner in value.items()]
+    return [(str(place), inner) for place, inner in enumerate(value)] if isinstance(value, list | tuple) else []
+
+
+def _refuse_growth(tree: Mapping[str, Any], where: str) -> None:
+    """Refuse references that would make a large recipe of a small one: ``${a}${a}``, and so on, doubles it each time.
+
+    Raises:
+        RecipeError: resolved, the recipe would be too large, or references lead to each other too deeply.
+    """
+    costs: dict[str, int] = {}
+
+    def cost(value: Any, key: str, through: tuple[str, ...]) -> int:
+        if isinstance(value, str):
+            return len(value) + sum(follow(name, key, through) for name in _REFERENCE.findall(value))
+        return 1 + sum(cost(inner, f"{key}.{name}" if key else name, through) for name, inner in _members(value))
+
+    def follow(name: str, key: str, through: tuple[str, ...]) -> int:
+        target = _absolute(name, key)
+        if target in through or len(through) >= MAX_DEPTH:
+            raise RecipeError(f"{where}: {key}: references go in a circle, or through more than {MAX_DEPTH} others")
+        if target not in costs:
+            costs[target] = REFERENCE_COST + cost(_at(tree, target), target, (*through, target))
+        return costs[target]
+
+    if cost(tree, "", ()) > 2 * MAX_BYTES:
+        raise RecipeError(
+            f"{where}: larger than {2 * MAX_BYTES // 1024} KiB once its references are resolved; use fewer of them"
+        )
+
+
+def _absolute(name: str, key: str) -> str:
+    """Return the key that a reference at `key` names: ``${.x}`` lies beside it, ``${..x}`` a level above."""
+    dots = len(name) - len(name.lstrip("."))
+    above = key.split(".")[:-dots] if dots else []
+    return ".".join([*above, name.lstrip(".")])
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        if isinstance(tree, Mapping):
+            tree = tree.get(part)
+        elif isinstance(tree, list | tuple) and part.isdecimal() and int(part) < len(tree):
+            tree = tree[int(part)]
+        else:
+            return None
+    return tree
 
 
 def _parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
-import json
+import importlib.util
+import os
 import re
 import shlex
+import shutil
 import sys
+import tomllib
 from collections import defaultdict
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +20,7 @@ import attrs
 
 from trainkit import __version__
 from trainkit.errors import PluginError, TrainkitError, did_you_mean
+from trainkit.rundir import MAX_JSON, parse_json, read_regular
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -30,6 +36,8 @@ __all__ = [
     "installed",
     "missing_hint",
     "only",
+    "program",
+    "providers",
     "requirements",
     "source_of",
 ]
@@ -55,14 +63,19 @@ class Installed:
         Raises:
             PluginError: it cannot be imported, whatever the reason.
         """
+        what = "plugin" if self.entry_point.group == PLUGINS else "command"
         try:
             return self.entry_point.load()
         except TrainkitError as error:  # such as what @plugin refuses
-            raise PluginError(f"plugin {self.name!r} ({self.distribution} {self.version}): {error}") from error
-        except (Exception, SystemExit) as error:
+            raise PluginError(f"{what} {self.name!r} ({self.distribution} {self.version}): {error}") from error
+        except BaseException as error:
+            if type(error) is KeyboardInterrupt:  # the user's, and no class of the plugin's own
+                raise
+            said = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+            cure = f", or drop it: `{self.name}: false`" if self.entry_point.group == PLUGINS else ""
             raise PluginError(
-                f"plugin {self.name!r} ({self.distribution} {self.version}) failed at import of {self.value}: "
-                f"{type(error).__name__}: {error}; reinstall {self.distribution}, or drop it: `{self.name}: false`"
+                f"{what} {self.name!r} ({self.distribution} {self.version}) failed at import of {self.value}: "
+                f"{said}; reinstall {self.distribution}{cure}"
             ) from error
 
     def check_requirement(self) -> None:
@@ -90,8 +103,8 @@ class Installed:
             return "wheel"
         try:
             text = dist.read_text("direct_url.json")
-            return _origin(json.loads(text)) if text else "wheel"
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):  # no JSON, or JSON of another shape
+            return _origin(parse_json(text)) if text else "wheel"
+        except Exception:  # no JSON, JSON of another shape, or a file that cannot be read
             _report(f"direct_url.json of {self.distribution!r}", self.distribution)
             return "unknown"
 
@@ -150,15 +163,15 @@ def requirements(dist: importlib.metadata.Distribution) -> list[Requirement]:
     return found
 
 
-def only(name: str, records: list[Installed]) -> Installed:
-    """Return the one installed plugin of a name.
+def only(name: str, records: list[Installed], what: str = "plugin") -> Installed:
+    """Return the one installed plugin or command of a name.
 
     Raises:
         PluginError: two distributions claim the name.
     """
     if len(records) > 1:
         claims = " and ".join(f"{record.distribution} {record.version}" for record in records)
-        raise PluginError(f"plugin {name!r} is claimed by {claims}; uninstall one of them")
+        raise PluginError(f"{what} {name!r} is claimed by {claims}; uninstall one of them")
     return records[0]
 
 
@@ -194,7 +207,7 @@ def source_of(recipe: Recipe, name: str) -> str | None:
     start = (recipe.path or Path()).resolve()
     for folder in (*start.parents, Path.cwd()):
         home = folder / "plugins" / name
-        if (home / "pyproject.toml").is_file():
+        if (home / "pyproject.toml").is_file() and _is_checkout(folder):
             inside = home.is_relative_to(Path.cwd())
             return "-e " + shlex.quote(f"./{home.relative_to(Path.cwd())}" if inside else str(home))
     given = recipe.requires.values() if isinstance(recipe.requires, dict) else recipe.requires
@@ -203,6 +216,61 @@ def source_of(recipe: Recipe, name: str) -> str | None:
         if _is_plain(requirement) and project.endswith(f"trainkit-{name.replace('_', '-')}"):
             return shlex.quote(requirement)
     return None
+
+
+def _is_checkout(folder: Path) -> bool:
+    """Tell whether a folder is a checkout of trainkit; in a folder that others write to, anybody may put plugins."""
+    try:
+        text = read_regular(folder / "pyproject.toml", MAX_JSON).decode()
+        return bool(tomllib.loads(text)["project"]["name"] == "trainkit")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
+def program(name: str) -> str | None:
+    """Return the absolute path of a program, or None. No folder that PATH gives relative to the current one counts.
+
+    Args:
+        name: such as ``git``.
+    """
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    found = shutil.which(name, path=os.pathsep.join(folder for folder in folders if os.path.isabs(folder)))
+    return found if found and os.path.isabs(found) else None  # on Windows, the current folder comes first
+
+
+def providers(hook: str) -> list[str]:
+    """Return the installed plugins whose source says that they implement a hook. None of them is imported."""
+    return [name for name, records in installed().items() if any(_implements(record, hook) for record in records)]
+
+
+def _implements(record: Installed, hook: str) -> bool:
+    """Tell whether the class that an entry point names has a method of this name, marked with ``@hookimpl``."""
+    module, _, cls = record.value.partition(":")
+    try:
+        path = _source_file(module)
+        tree = ast.parse(read_regular(path, MAX_JSON)) if path else ast.Module(body=[], type_ignores=[])
+    except Exception:  # another package's file, which may be anything
+        return False
+    methods = [
+        method
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == cls.strip()
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and method.name == hook
+    ]
+    return any("hookimpl" in ast.unparse(mark) for method in methods for mark in method.decorator_list)
+
+
+def _source_file(module: str) -> Path | None:
+    """Return the file of a module. Finding it imports nothing, not even the packages that it lies in."""
+    top, *inner = module.strip().split(".")
+    spec = importlib.util.find_spec(top)
+    for name in inner:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        top = f"{top}.{name}"
+        spec = PathFinder.find_spec(top, list(spec.submodule_search_locations))
+    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 
 def missing_hint(recipe: Recipe, missing: list[str], have: dict[str, list[Installed]]) -> str:

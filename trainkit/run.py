@@ -127,7 +127,7 @@ class Run:
     evidence: dict[str, Any] = field(factory=dict)  #: what plugins add to ``result.json``, by plugin
     resumed: list[dict[str, Any]] = field(factory=list)  #: where the run was continued, and what was changed then
     stop_reason: str | None = None  #: why the run is about to stop at the next safe point
-    ended: str | None = None  #: why a plugin ended the run early, in an earlier session
+    ended: str | None = None  #: why a plugin ended the run early
     exit_code: int = 0  #: of the command that trains, when the run was asked to stop
     reopened: bool = False  #: whether a checkpoint was loaded to continue the run, and it has not gone on yet
     failed: bool = False  #: whether a session failed, so that the parts may lie between two safe points
@@ -215,11 +215,19 @@ class Run:
 
         Args:
             reason: for people, and for ``result.json``.
-            exit_code: of the command. 0 ends the run for good, which is part of its state; another one leaves it to be
-                continued: 143 is what a SIGTERM gives.
+            exit_code: of the command; other than 0 where the run should be continued: 143 is what a SIGTERM gives.
         """
         if self.stop_reason is None:
             self.stop_reason, self.exit_code = reason, exit_code
+
+    def end(self, reason: str) -> None:
+        """End the run for good at its next safe point: that is part of its state, and a resumed run does not go on.
+
+        Args:
+            reason: for people, and for ``result.json``.
+        """
+        if self.stop_reason is None:
+            self.stop_reason = self.ended = reason
 
     # What plugins use
 
@@ -363,7 +371,7 @@ class Run:
             "metric_info": {name: tuple(info) for name, info in self.metric_info.items()},
             "non_finite": self.non_finite,
             "tested": self.tested,
-            "ended": self.stop_reason if self.is_stopping() and self.exit_code == 0 else self.ended,
+            "ended": self.ended,
             "random": torch.get_rng_state(),
             "cost": {"images": self.images, "seconds": dict(self.seconds)},
             "provenance": self.provenance,
@@ -380,7 +388,12 @@ class Run:
             self._load(state)
             self.built = attrs.evolve(self.built, contents=provenance.contents(self))
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"the checkpoint does not fit the recipe: {str(error).splitlines()[0]}") from error
+            said = (
+                f"it lacks {error}"
+                if isinstance(error, KeyError)
+                else " ".join(f"{error}".split())[:300] or repr(error)
+            )
+            raise CheckpointError(f"the checkpoint does not fit the recipe: {said}") from error
 
     def _load(self, state: Mapping[str, Any]) -> None:
         position = state["position"]

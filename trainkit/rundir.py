@@ -14,17 +14,21 @@ No file holds an absolute path, so the directory can be moved.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
 import os
+import re
+import stat
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import attrs
 
@@ -36,8 +40,21 @@ if TYPE_CHECKING:
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["RunDir", "atomic_write", "flush_folder", "pack_state"]
+__all__ = [
+    "MAX_JSON",
+    "MAX_LOG",
+    "RunDir",
+    "atomic_write",
+    "flush_folder",
+    "open_regular",
+    "pack_state",
+    "parse_json",
+    "read_regular",
+]
 
+#: The most bytes that are read of a JSON document, of a log or table with a row an epoch or a step, of a checkpoint.
+MAX_JSON, MAX_LOG, MAX_CHECKPOINT = 1 << 26, 1 << 30, 1 << 36
+MAX_DEPTH = 100  # levels of a JSON document
 DIGEST_SIZE = 32  # bytes of a checkpoint's checksum
 PART = ".part"  # the suffix of a file that is being written
 
@@ -60,6 +77,77 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     finally:
         part.unlink(missing_ok=True)
     flush_folder(path.parent)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, if it is a regular one.
+
+    A named pipe would block for ever, and a device such as ``/dev/zero`` never ends; a stranger's folder may hold both.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    flags = ("O_NONBLOCK", "O_NOCTTY", "O_BINARY")  # opening a pipe must not wait for its writer
+    handle = os.open(path, os.O_RDONLY | sum(getattr(os, flag, 0) for flag in flags))
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """Return what a regular file holds. What is read counts, and not the size that the system gives.
+
+    Args:
+        path: a file.
+        limit: the most bytes that it may hold.
+
+    Raises:
+        OSError: it cannot be read, is no regular file (:func:`open_regular`), or holds more.
+    """
+    parts, left = [], limit + 1
+    with open_regular(path) as file:
+        expected = os.fstat(file.fileno()).st_size + 1
+        while left and (part := file.read(min(left, max(expected, 1 << 16)))):
+            parts.append(part)
+            left -= len(part)
+            expected = 0
+    if not left:
+        raise OSError(errno.EFBIG, f"it is larger than {_size(limit)}", str(path))
+    return b"".join(parts)
+
+
+def _size(count: int) -> str:
+    for unit, bits in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >= 1 << bits:
+            return f"{count >> bits} {unit}"
+    return f"{count} bytes"
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Return what a JSON document says.
+
+    Raises:
+        ValueError: it is none, or is nested so deeply that what walks through it would fail.
+    """
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for outer in level for inner in _members(outer)]
+        if not level:
+            return value
+    raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def _members(value: Any) -> list[Any]:
+    members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [member for member in members if isinstance(member, dict | list)]
 
 
 def flush_folder(folder: Path) -> None:
@@ -142,10 +230,17 @@ class RunDir:
         latest = self.latest(name)
         if latest is None:
             return self.write(name, data)
-        if latest.read_text() == data:
+        if self._says(latest, data):
             return latest
         stem, _, suffix = name.rpartition(".")
         return self.write(f"{stem}.{len(self.versions(name)) + 1}.{suffix}", data)
+
+    @staticmethod
+    def _says(path: Path, data: str) -> bool:
+        try:
+            return read_regular(path, MAX_JSON) == data.encode()
+        except OSError:  # whatever stands there is left as it is
+            return False
 
     def add_json(self, name: str, value: Any) -> Path:
         """Write a JSON file beside its earlier versions (:meth:`add`)."""
@@ -216,19 +311,24 @@ class RunDir:
 
         path = self.path / "checkpoints" / f"{name}.pt"
         try:
-            data = path.read_bytes()
-        except OSError as error:
+            data = read_regular(path, MAX_CHECKPOINT)
+        except FileNotFoundError as error:
             others = ", ".join(sorted(other.name for other in path.parent.glob("*.pt")))
             cure = f"there are {others}" if others else "a run saves them when its recipe lists a plugin that does"
             raise CheckpointError(f"{path}: no checkpoint: {error.strerror}; {cure}") from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: no checkpoint: {error.strerror}") from error
         body, digest = data[:-DIGEST_SIZE], data[-DIGEST_SIZE:]
         if blake2b(body, digest_size=DIGEST_SIZE).digest() != digest:
             raise CheckpointError(f"{path}: damaged: its checksum does not match its {len(data):,} bytes")
+        _refuse_inflated(path, data)
         try:
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except Exception as error:
+        except Exception as error:  # its message advises to load without protection, so none of it is repeated
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            reason = f"it names {named[1]}, and loading that could run code" if named else "torch cannot read it"
             raise CheckpointError(
-                f"{path}: refused: not a checkpoint of tensors and plain values: {str(error).splitlines()[0]}"
+                f"{path}: refused: not a checkpoint of tensors and plain values: {reason}; use one that trainkit wrote"
             ) from error
         if not isinstance(state, dict):
             raise CheckpointError(f"{path}: not a checkpoint of trainkit")
@@ -259,9 +359,34 @@ class RunDir:
         """
         path = self.path / name
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return parse_json(read_regular(path, MAX_JSON))
+        except OSError as error:
+            raise UsageError(f"{path}: not the file of a run: {error.strerror}") from error
+        except ValueError as error:
             raise UsageError(f"{path}: not the file of a run: {error}") from error
+
+    def read_log(self, name: str) -> bytes:
+        """Return what a log or a table of the run holds.
+
+        Raises:
+            OSError: it is missing, no regular file, or larger than anything that a run writes.
+        """
+        return read_regular(self.path / name, MAX_LOG)
+
+
+def _refuse_inflated(path: Path, data: bytes) -> None:
+    """Refuse an archive that would take more memory than its own size: torch stores what it writes, uncompressed.
+
+    Raises:
+        CheckpointError: a member is compressed, members lie over each other, or it is no archive.
+    """
+    try:
+        members = zipfile.ZipFile(io.BytesIO(data)).infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError) as error:
+        raise CheckpointError(f"{path}: refused: not the archive that torch writes") from error
+    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    if not stored or sum(member.file_size for member in members) > len(data):
+        raise CheckpointError(f"{path}: refused: it would be larger in memory than its {len(data):,} bytes")
 
 
 def _make_numbered(path: Path) -> Path:

@@ -20,7 +20,7 @@ from trainkit.build import build, check_optimizer
 from trainkit.errors import PluginError, RecipeError, RunError, TrainkitError, UsageError
 from trainkit.recipe import Recipe, load_recipe, recipe_files
 from trainkit.run import Run, best_of, to_host
-from trainkit.rundir import RunDir
+from trainkit.rundir import MAX_LOG, RunDir, read_regular
 from trainkit.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ def fit(
             f"the run {run.recipe.name!r} has failed, within a step perhaps; continue it from its last checkpoint with "
             "trainkit.resume, or build it again"
         )
+    if run.is_stopping():  # this process asked it to stop, and now to go on
+        run.ended = None
     new = run.dir is None
     if run.dir is None:
         run.dir = RunDir.create(run.recipe, Path(run_dir) if run_dir is not None else None)
@@ -105,6 +107,8 @@ def fit(
     elif run.finished and (recorded := _recorded_result(run.dir)):
         return recorded  # nothing is left to do, so no file is touched
     run.stop_reason, run.exit_code = None, 0
+    if not run.finished:
+        run.tested = {}  # of the weights at an earlier stop; those at the end are tested again
     with _locked(run, run.dir, new):
         _refuse_overtaken(run, run.dir, new)
         run.dir.remove_parts()
@@ -155,11 +159,11 @@ def _refuse_overtaken(run: Run, run_dir: RunDir, new: bool) -> None:
     """
     if new or not (run_dir.path / "checkpoints" / "last.pt").exists():
         return
-    position = run_dir.load_latest()[0]["position"]
-    if run.reopened and (position["epoch"], position["step"]) != (run.epoch, run.step):
+    position = run_dir.load_latest()[0].get("position", {})
+    if run.reopened and (position.get("epoch"), position.get("step")) != (run.epoch, run.step):
         raise UsageError(
-            f"{run_dir.path}: another process has continued this run meanwhile, to step {position['step']}; resume it "
-            "again to go on from there"
+            f"{run_dir.path}: another process has continued this run meanwhile, to step {position.get('step')}; resume "
+            "it again to go on from there"
         )
 
 
@@ -219,7 +223,7 @@ def _keep_files(run: Run, run_dir: RunDir) -> Recipe:
                 continue
             if not path.resolve().is_relative_to(run_dir.path.resolve()):
                 try:
-                    path = run_dir.write(f"files/{name}/{path.name}", path.read_bytes())
+                    path = run_dir.write(f"files/{name}/{path.name}", read_regular(path, MAX_LOG))
                 except OSError as error:
                     raise RecipeError(
                         f"{run.recipe.where}: plugins.{name}.{option}: {path}: cannot be read: {error.strerror}"
@@ -251,7 +255,7 @@ def _test(run: Run, trainer: Trainer) -> None:
     These are the weights of ``best.pt``, where a plugin saved it, else the last ones. The run itself keeps its last
     weights.
     """
-    ended = run.finished or trainer.trial_over or (run.is_stopping() and run.exit_code == 0)
+    ended = run.finished or trainer.trial_over
     if run.data.validation is None or run.tested or not ended:
         return
     run.stop_reason, reason = None, run.stop_reason
@@ -335,7 +339,7 @@ def reopen(
         _say(run, notice)
     kept = provenance.of_contents(state["provenance"].get("replaced", ()))
     run.built = attrs.evolve(run.built, already=kept)
-    differences = provenance.compare(state["provenance"], provenance.record(run))
+    differences = provenance.compare_state(state, run)
     changes = [str(difference) for difference in differences if difference.effect == "numbers"]
     length = [str(difference) for difference in differences if difference.effect == "length"]
     if changes and not allow_changes:
@@ -343,7 +347,7 @@ def reopen(
             f"{run_dir}: would not continue exactly: {'; '.join(changes)}; undo that, or pass --allow-changes"
         )
     _refuse_void(run, changes)
-    if length:
+    if length and isinstance(state.get("schedules"), list):
         _refuse_longer_schedules(run, state)
     run.load_state_dict(state)
     run.dir, run.reopened = directory, True

@@ -7,6 +7,7 @@ from torch import Tensor
 from trainkit import Run
 from trainkit.errors import PluginError
 from trainkit.plugin import hookimpl, plugin
+from trainkit.provenance import is_observer
 
 __all__ = ["Accumulate"]
 
@@ -37,7 +38,8 @@ class Accumulate:
         Raises:
             PluginError: a plugin that changes the loss is listed later.
         """
-        last = run.hooks.implementations("transform_loss")[-1].plugin
+        plugins = [impl.plugin for impl in run.hooks.implementations("transform_loss")]
+        last = [plugin for plugin in plugins if not is_observer(type(plugin.instance))][-1]
         if last.instance is not self:
             raise PluginError(f"it scales the loss, and {last} changes it afterwards: list it after {last.name!r}")
 

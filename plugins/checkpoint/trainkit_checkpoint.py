@@ -32,6 +32,7 @@ class Checkpoint:
             An epoch's end that is the best is saved whatever the intervals.
     """
 
+    claims: ClassVar = ("checkpoints",)
     without_effect: ClassVar = ("every_epochs", "every_steps", "every_minutes", "keep_every")
 
     every_epochs: int = field(default=1, validator=ge(0))

@@ -1,34 +1,33 @@
 """CIFAR-10."""
 
 import io
-import os
+import time
 from contextlib import suppress
 from hashlib import blake2b
 from http.client import HTTPException
+from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import torch
 from attrs import field
-from numpy.typing import NDArray
-from PIL import Image
+from torch import Tensor
 from torchvision.datasets import CIFAR10, utils  # type: ignore[import-untyped]
 
+import trainkit
 from trainkit import Data, TensorSplit
+from trainkit.cache import Key, cache_path, file_key, save, settled
 from trainkit.errors import DataError
+from trainkit.images import entries, read_image
 from trainkit.plugin import hookimpl, plugin
-from trainkit.rundir import atomic_write
 
 __all__ = ["CLASSES", "Cifar10"]
 
 #: The classes by target; the published order is also the alphabetical one.
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-_CACHE = ".trainkit-cifar10.pt"
-
-# Name, size and time of change of each image of one class folder.
-Listing = list[tuple[str, int, int]]
+# Name, and what changes with the content, of each image of one class folder.
+Listing = list[tuple[str, Key]]
 
 
 @plugin
@@ -40,8 +39,8 @@ class Cifar10:
     * the published files: the folder ``cifar-10-batches-py`` or ``cifar-10-python.tar.gz``. They are pickles, so none
       is opened unless its MD5 is the published one;
     * ``train/<class>/`` and ``test/<class>/`` with PNG or JPEG files. All ten classes must be there; each may hold a
-      part of its images. They are decoded once and kept in the file ``.trainkit-cifar10.pt`` in `root`, where that
-      can be written. It is made again when a file's name, size or time of change differs.
+      part of its images. They are decoded once and kept in the user's cache directory (``~/.cache/trainkit``), until a
+      file's name, size, inode, time of change or time of status change differs. Nothing is written into `root`.
 
     Images come in the order of the files. The two layouts hold the same images in different orders, so the same seed
     gives different runs.
@@ -123,57 +122,61 @@ def _damaged(root: Path) -> list[Path]:
 
 def _from_folders(root: Path) -> list[TensorSplit]:
     """Return the training and the test split of the class folders, from their cache where it is still right."""
-    train_listings = [_list_images(root / "train" / name) for name in CLASSES]
-    test_listings = [_list_images(root / "test" / name) for name in CLASSES]
-    key = blake2b(repr([train_listings, test_listings]).encode(), digest_size=16).hexdigest()
-    splits = _load_cache(root / _CACHE, key)
+    now = time.time_ns()
+    listings = {name: [_list_images(root / name / label) for label in CLASSES] for name in ("train", "test")}
+    targets = [_targets(listing) for listing in listings.values()]
+    made_by = trainkit.__version__, version("pillow")
+    key = blake2b(repr([made_by, listings]).encode(), digest_size=16).hexdigest()
+    path = cache_path("cifar10", root, ".pt")
+    splits = _load_cache(path, key, targets)
     if splits is None:
-        splits = [_decode(root / "train", train_listings), _decode(root / "test", test_listings)]
-        _save_cache(root / _CACHE, key, splits)
+        splits = [_decode(root / name, listing) for name, listing in listings.items()]
+        keys = [key for of_split in listings.values() for of_class in of_split for _, key in of_class]
+        if settled(keys, now):
+            _save_cache(path, key, splits)
     return splits
 
 
-def _load_cache(path: Path, key: str) -> list[TensorSplit] | None:
+def _targets(listings: list[Listing]) -> Tensor:
+    return torch.arange(len(CLASSES)).repeat_interleave(torch.tensor([len(listing) for listing in listings]))
+
+
+def _load_cache(path: Path, key: str, targets: list[Tensor]) -> list[TensorSplit] | None:
     """Return what was saved under this key, or None where it is absent, of other files or damaged in whatever way."""
     with suppress(Exception):
         saved = torch.load(path, weights_only=True, mmap=True)
-        splits = [TensorSplit(images, targets) for images, targets in saved["splits"]]
+        splits = [TensorSplit(images, labels) for images, labels in zip(saved["images"], targets, strict=True)]
+        fits = all(split.images.shape == (len(split.targets), 3, 32, 32) for split in splits)
         # torch.load verifies no checksum, so a flipped bit shows in the fingerprints only.
-        if saved["key"] == key and saved["fingerprints"] == [split.fingerprint() for split in splits]:
+        if fits and saved["key"] == key and saved["fingerprints"] == [split.fingerprint() for split in splits]:
             return splits
     return None
 
 
 def _save_cache(path: Path, key: str, splits: list[TensorSplit]) -> None:
-    """Save the splits under this key; where the folder cannot be written, the next run decodes them again."""
+    """Save the splits under this key; where that cannot be written, the next run decodes them again."""
     content = {
         "key": key,
         "fingerprints": [split.fingerprint() for split in splits],
-        "splits": [(split.images, split.targets) for split in splits],
+        "images": [split.images for split in splits],
     }
     file = io.BytesIO()
     torch.save(content, file)
-    with suppress(OSError):
-        atomic_write(path, file.getvalue())
+    save(path, file.getvalue())
 
 
 def _list_images(folder: Path) -> Listing:
     """List the images of one class folder, sorted by name."""
-    found = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                hidden = entry.name.startswith(".")
-                if entry.name.lower().endswith((".png", ".jpg", ".jpeg")) and not hidden:
-                    status = entry.stat()
-                    found.append((entry.name, status.st_size, status.st_mtime_ns))
-    except OSError as error:
-        raise DataError(
-            f"{folder}: {error.strerror}; train/ and test/ must each hold the folders {', '.join(CLASSES)}"
-        ) from error
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; train/ and test/ must each hold the folders {', '.join(CLASSES)}")
+    found = [
+        (entry.name, file_key(status))
+        for entry, status in entries(folder)
+        if entry.name.lower().endswith((".png", ".jpg", ".jpeg"))
+    ]
     if not found:
         raise DataError(f"{folder}: no PNG or JPEG files; every class needs some in train/ and in test/")
-    return sorted(found)
+    return found
 
 
 def _decode(folder: Path, listings: list[Listing]) -> TensorSplit:
@@ -183,26 +186,16 @@ def _decode(folder: Path, listings: list[Listing]) -> TensorSplit:
         folder: holds the class folders.
         listings: the images of each class, in the order of the classes.
     """
-    paths = []
-    targets = []
-    for target, (label, listing) in enumerate(zip(CLASSES, listings, strict=True)):
-        paths += [folder / label / name for name, _, _ in listing]
-        targets += [target] * len(listing)
-    images = np.empty((len(paths), 3, 32, 32), np.uint8)
+    targets = _targets(listings)
+    images = torch.empty(len(targets), 3, 32, 32, dtype=torch.uint8)
+    paths = (folder / label / name for label, listing in zip(CLASSES, listings, strict=True) for name, _ in listing)
     # One thread: opening so small a file takes longer than decoding it, and it holds the interpreter's lock.
     for i, path in enumerate(paths):
-        images[i] = _decode_image(path)
-    return TensorSplit(torch.from_numpy(images), torch.tensor(targets))
-
-
-def _decode_image(path: Path) -> NDArray[np.uint8]:
-    """Return an image, uint8 [3, 32, 32]."""
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise DataError(f"{path}: cannot be decoded: {error}; replace or remove it") from error
-    height, width, _ = pixels.shape
-    if (height, width) != (32, 32):
-        raise DataError(f"{path}: {width}x{height} pixels, not 32x32; the plugin image_folder takes images of any size")
-    return pixels.transpose(2, 0, 1)
+        image = read_image(path)
+        _, height, width = image.shape
+        if (height, width) != (32, 32):
+            raise DataError(
+                f"{path}: {width}x{height} pixels, not 32x32; the plugin image_folder takes images of any size"
+            )
+        images[i] = image
+    return TensorSplit(images, targets)

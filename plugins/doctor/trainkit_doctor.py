@@ -22,7 +22,8 @@ import attrs
 from packaging.requirements import Requirement
 
 from trainkit.cli.output import print_json, table, terminal
-from trainkit.registry import COMMANDS, PLUGINS, installed
+from trainkit.registry import COMMANDS, PLUGINS, installed, program
+from trainkit.rundir import MAX_JSON, parse_json, read_regular
 
 __all__ = ["EXAMPLES", "HELP", "Finding", "add_arguments", "run"]
 
@@ -81,7 +82,7 @@ def _machine() -> Iterator[Finding]:
     yield Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")
     versions = []
     for name in ("trainkit", "numpy", "pillow", "pluggy", "attrs", "omegaconf", "PyYAML", "rich"):
-        versions += [f"{dist.name} {dist.version}" for dist in distributions(name=name)]
+        versions += [f"{name} {version}" for version in _versions(name)]
     yield Finding("packages", "ok", ", ".join(dict.fromkeys(versions)))
 
     # torch.compile calls this compiler for the CPU, and its C++ code includes Python.h.
@@ -136,26 +137,31 @@ def _metadata() -> Iterator[Finding]:
         if len(versions) > 1:
             yield Finding(name, "problem", f"{' and '.join(versions)} at once", "uninstall it until none is left")
         for dist in versions.values():
-            try:
-                yield from _source(dist)
-                yield from _requirements(dist)
-            except ValueError as error:  # JSON, TOML or a requirement that cannot be parsed
-                yield Finding(dist.name, "problem", f"cannot be understood: {error}", "install it again")
+            for look in (_source, _requirements):
+                try:
+                    yield from look(dist)
+                except Exception as error:  # parsing a damaged file may raise anything
+                    said = " ".join(f"{error}".split()) or type(error).__name__
+                    yield Finding(name, "problem", f"cannot be understood: {said}", "install it again")
 
 
 def _distributions() -> dict[str, dict[str, Distribution]]:
     """Return trainkit, torchvision and all that provide plugins or commands, by name and version."""
     found: dict[str, dict[str, Distribution]] = {}
     for dist in distributions():
-        provides = {entry.group for entry in dist.entry_points} & {PLUGINS, COMMANDS}
-        if provides or dist.metadata["Name"] in ("trainkit", "torchvision"):
-            found.setdefault(dist.name, {}).setdefault(dist.version, dist)
+        try:
+            name, version = dist.name, dist.version
+            groups = {entry.group for entry in dist.entry_points}
+        except Exception:  # parsing a damaged file may raise anything; what could concern us was reported
+            continue
+        if name and (groups & {PLUGINS, COMMANDS} or name in ("trainkit", "torchvision")):
+            found.setdefault(name, {}).setdefault(version, dist)
     return found
 
 
 def _source(dist: Distribution) -> Iterator[Finding]:
     """Look at the folder of an editable installation."""
-    origin = json.loads(dist.read_text("direct_url.json") or "{}")
+    origin = parse_json(dist.read_text("direct_url.json") or "{}")
     if not origin.get("dir_info", {}).get("editable"):
         return
     folder = Path(url2pathname(origin.get("url", "").removeprefix("file://")))
@@ -165,7 +171,7 @@ def _source(dist: Distribution) -> Iterator[Finding]:
     pyproject = folder / "pyproject.toml"
     if not pyproject.is_file():
         return
-    version = tomllib.loads(pyproject.read_text()).get("project", {}).get("version")
+    version = tomllib.loads(read_regular(pyproject, MAX_JSON).decode()).get("project", {}).get("version")
     if version not in (None, dist.version):  # None: the build backend takes it from elsewhere
         cure = f"pip install -e {shlex.quote(str(folder))}"
         yield Finding(dist.name, "problem", f"installed as {dist.version}, and its folder has {version}", cure)
@@ -176,17 +182,30 @@ def _requirements(dist: Distribution) -> Iterator[Finding]:
     for need in map(Requirement, dist.requires or []):
         if need.marker is not None and not need.marker.evaluate({"extra": ""}):
             continue
-        have = next((found.version for found in distributions(name=need.name)), None)
+        have = next(_versions(need.name), None)
         if have is None or not need.specifier.contains(have, prereleases=True):
             # On the public index, the name trainkit belongs to another project.
             cure = "install both from one checkout" if "trainkit" in need.name else f"pip install {str(need)!r}"
             yield Finding(dist.name, "problem", f"needs {need}, and {have or 'none'} is installed", cure)
 
 
+def _versions(name: str) -> Iterator[str]:
+    """Yield the versions of a distribution that are installed, the one in use first."""
+    for dist in distributions(name=name):
+        try:
+            yield dist.version or "unknown"
+        except Exception:  # parsing a damaged file may raise anything
+            yield "unknown"
+
+
 def _ask(*command: str) -> tuple[int, str]:
     """Return a program's exit code, 127 where it cannot be run, and the last line that it printed."""
+    name, *arguments = command
+    path = name if os.path.isabs(name) else program(name)
+    if path is None:
+        return 127, f"no program {name}"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=300, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return 127, str(error)
     output = done.stderr if done.returncode else done.stdout

@@ -52,7 +52,7 @@ class EarlyStopping:
         is_last = run.finished or run.epoch + 1 == run.epochs  # and completes the run
         values = [row[key] for row in run.history if key in row]
         if not is_last and key in run.history[-1] and self.waited(values, info.better) >= self.patience:
-            run.stop(f"early_stopping: no better {key} for {self.patience} evaluations")
+            run.end(f"early_stopping: no better {key} for {self.patience} evaluations")
 
     def waited(self, values: list[float], better: Better) -> int:
         """Return how many values came since the last better one; all of them if there never was a number."""

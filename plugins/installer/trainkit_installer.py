@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.cli.output import printable
 from trainkit.errors import PluginError, RecipeError, RunError, UsageError
-from trainkit.registry import installed, missing_hint, source_of
+from trainkit.registry import base_name, installed, missing_hint, program, source_of
+from trainkit.rundir import MAX_JSON, read_regular
 
 if TYPE_CHECKING:
     from trainkit.recipe import Recipe
@@ -55,7 +56,9 @@ examples:
         if not (args.yes or _agreed()):
             print("nothing was installed")
             return 1
-        code = subprocess.run(command, check=False).returncode
+        # Neither the installer nor what it builds imports modules of the current folder.
+        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+        code = subprocess.run(command, env=environment, check=False).returncode
         if code != 0:
             raise RunError(f"the command failed with exit code {code}; what it printed above says why")
         importlib.invalidate_caches()
@@ -68,7 +71,7 @@ examples:
 def _missing(recipe: Recipe) -> list[str]:
     """Return the plugins that the recipe lists and that are not installed."""
     have = installed()
-    return [name for name in recipe.plugins if name not in have]
+    return [name for name in dict.fromkeys(map(base_name, recipe.plugins)) if name not in have]
 
 
 def _sources(recipe: Recipe, missing: list[str]) -> list[str]:
@@ -118,14 +121,21 @@ def _requirement(recipe: Recipe, text: str) -> str:
 def _installer() -> list[str]:
     """Return the command that installs into the environment of this interpreter."""
     settings = Path(sys.prefix, "pyvenv.cfg")
-    made_by_uv = settings.is_file() and re.search(r"^uv\s*=", settings.read_text(), re.MULTILINE)
-    has_pip = find_spec("pip") is not None
-    uv = shutil.which("uv") if made_by_uv or not has_pip else None
+    made_by_uv = settings.is_file() and re.search(rb"^uv\s*=", read_regular(settings, MAX_JSON), re.MULTILINE)
+    has_pip = any(True for _ in distributions(name="pip"))  # find_spec would find a pip.py of the current folder
+    uv = program("uv") if made_by_uv or not has_pip else None
     if uv:
-        return [uv, "pip", "install", "--python", sys.executable]
+        return [uv, "pip", "install", *_uv_settings(), "--python", sys.executable]
     if has_pip:
-        return [sys.executable, "-m", "pip", "install"]
+        return [sys.executable, "-P", "-m", "pip", "install"]  # -P: never from the current folder
     raise UsageError(f"neither pip nor uv can install into {sys.executable}; add pip with `python -m ensurepip`")
+
+
+def _uv_settings() -> list[str]:
+    """Return the options that keep uv from settings of the current folder, such as another index; the user's count."""
+    base = os.environ.get("APPDATA") if os.name == "nt" else os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    own = Path(base or "~").expanduser() / "uv" / "uv.toml"
+    return ["--config-file", str(own)] if own.is_absolute() and own.is_file() else ["--no-config"]
 
 
 def _agreed() -> bool:

@@ -80,7 +80,10 @@ class Ledger:
         self._path = run.dir.path / FILE
         self._interval = self.every_steps or max(1, run.steps_per_epoch // 4)
         self._files = recorded_files(run.dir.path)
-        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
+        try:
+            lines = run.dir.read_log(FILE).splitlines(keepends=True) if self._path.exists() else []
+        except OSError as error:
+            raise RunError(f"{self._path}: cannot be read: {error.strerror}") from error
         if len(lines) < self._entries:
             raise RunError(
                 f"{self._path} has {len(lines)} entries and the checkpoint counted {self._entries}: the file was "

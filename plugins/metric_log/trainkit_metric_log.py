@@ -45,7 +45,10 @@ class MetricLog:
         """
         assert run.dir is not None
         path = run.dir.path / "metrics.jsonl"
-        found = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        try:
+            found = run.dir.read_log(path.name).splitlines(keepends=True) if path.exists() else []
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read: {error.strerror}") from error
         kept = [row for row in found if row.endswith(b"\n")][: self._rows]
         if len(kept) < self._rows:
             raise RunError(

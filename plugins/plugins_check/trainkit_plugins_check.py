@@ -22,12 +22,11 @@ from typing import Any
 
 import attrs
 from attrs import field
-from packaging.requirements import Requirement
 
 from trainkit import __version__, hookspecs
-from trainkit.cli.output import print_json, table, terminal
+from trainkit.cli.output import error, print_json, table, terminal
 from trainkit.errors import PluginError, did_you_mean
-from trainkit.registry import Installed, installed
+from trainkit.registry import Installed, installed, only, requirements
 
 __all__ = ["CHECK", "HOOKS", "ORDER", "Description", "Method", "mistakes"]
 
@@ -127,22 +126,22 @@ def describe(value: str) -> Description:
     """
     try:
         loaded = EntryPoint("", value, "").load()
-    except BaseException as error:
-        return Description(error=f"{place_of(error)}{type(error).__name__}: {error}")
+    except BaseException as raised:
+        return Description(error=f"{place_of(raised)}{type(raised).__name__}: {raised}")
     if not (isinstance(loaded, type) and attrs.has(loaded)):
         return Description(error=f"{value} is not a class decorated with @plugin")
     return describe_class(loaded)
 
 
-def place_of(error: BaseException) -> str:
+def place_of(raised: BaseException) -> str:
     """Return file and line that raised, for the beginning of a message; importlib's own frames tell nothing."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in frame.filename]
+    frames = [frame for frame in traceback.extract_tb(raised.__traceback__)[1:] if "importlib" not in frame.filename]
     return f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
 
 
 def describe_class(cls: type) -> Description:
     """Describe a plugin's class."""
-    from trainkit.hooks import declared
+    from trainkit.plugin import declared
 
     implementations, methods = [], []
     for name, function in inspect.getmembers(cls, inspect.isroutine):
@@ -259,8 +258,7 @@ def refuse_unimported(records: Sequence[Installed]) -> tuple[str, str] | None:
         claims = " and ".join(f"{record.distribution} {record.version}" for record in records)
         return "duplicate", f"claimed by {claims}; uninstall one of them"
     dist = first.entry_point.dist
-    for text in (dist.requires or []) if dist is not None else []:
-        needed = Requirement(text)
+    for needed in requirements(dist) if dist is not None else []:
         if needed.name == "trainkit" and not needed.specifier.contains(__version__, prereleases=True):
             return "incompatible", f"needs {needed}, and {__version__} is installed"
     return None
@@ -390,7 +388,12 @@ class ShowHooks:
             fact: dict[str, Any] = {"hook": hook.name, "phase": hook.phase, "kind": hook.kind}
             facts.append({**fact, "arguments": hook.arguments, "when": hook.when})
         if args.implementers:
-            classes = {name: records[0].load() for name, records in installed().items()}
+            classes = {}
+            for name, records in installed().items():
+                try:
+                    classes[name] = only(name, records).load()
+                except PluginError as problem:
+                    error(str(problem))
             for fact in facts:
                 fact["implementers"] = [name for name, cls in classes.items() if implements(cls, fact["hook"])]
         print_facts(facts, args.json)

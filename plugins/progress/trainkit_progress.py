@@ -28,6 +28,7 @@ class Progress:
     """
 
     observer: ClassVar = True
+    claims: ClassVar = ("terminal",)
 
     _bars: Bars | None = field(init=False, default=None)
     _loss: float | None = field(init=False, default=None)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 from attrs import field
@@ -21,7 +22,10 @@ from trainkit import provenance
 from trainkit.cli.output import error, number, print_json, printable, table, terminal
 from trainkit.errors import TrainkitError, UsageError
 from trainkit.registry import installed
-from trainkit.rundir import RunDir
+from trainkit.rundir import RunDir, parse_json
+
+if TYPE_CHECKING:
+    from trainkit.recipe import Recipe
 
 __all__ = ["CHECK", "COMPARE", "LIST", "SHOW", "Finding", "StoredRun"]
 
@@ -45,12 +49,18 @@ class StoredRun:
     problems: list[str] = field(factory=list, init=False)
 
     @cached_property
-    def recipe(self) -> dict[str, Any]:
-        """The resolved recipe."""
+    def loaded(self) -> Recipe | None:
+        """The resolved recipe, or None where it cannot be read."""
         from trainkit.recipe import load_recipe
 
         path = RunDir(self.folder).recipe_path()
-        return self._read(path, lambda: load_recipe(path).to_dict()) or {}
+        recipe: Recipe | None = self._read(path, lambda: load_recipe(path))
+        return recipe
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe as plain data."""
+        return self.loaded.to_dict() if self.loaded else {}
 
     @cached_property
     def plugins(self) -> list[dict[str, Any]]:
@@ -63,6 +73,11 @@ class StoredRun:
         return self._read_json("environment.json", mapping_from_json) or {}
 
     @cached_property
+    def data(self) -> dict[str, Any]:
+        """What is recorded of the data set."""
+        return self._read_json("data.json", mapping_from_json) or {}
+
+    @cached_property
     def result(self) -> dict[str, Any]:
         """How the run ended and what it reached; for one that has not ended, what it has reached so far."""
         if not (self.folder / "result.json").exists():
@@ -71,7 +86,7 @@ class StoredRun:
 
     def record(self) -> dict[str, Any]:
         """Return what the run's numbers depend on."""
-        return provenance.from_files(self.recipe, self.plugins, self.environment)
+        return provenance.from_files(self.loaded, self.plugins, self.environment, self.data)
 
     def files(self) -> dict[str, int]:
         """Return the size of each file, by path."""
@@ -121,9 +136,14 @@ def plugins_from_json(value: Any) -> list[dict[str, Any]]:
 def epochs_of(path: Path) -> list[dict[str, float]]:
     """Return the rows of a table of epochs, without empty cells; none where there is no such table."""
     try:
-        with path.open(newline="") as file:
-            return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError):  # not there yet, cell that is no number, more cells than headings
+        rows = csv.DictReader(io.StringIO(RunDir(path.parent).read_log(path.name).decode(), newline=""))
+        return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        csv.Error,
+    ):  # not there yet, or no table of numbers
         return []
 
 
@@ -136,7 +156,8 @@ def find_runs(folder: Path) -> list[Path]:
     for depth in ("*", "*/*"):
         for name in ("recipe.yaml", "result.json"):
             for path in folder.glob(f"{depth}/{name}"):
-                written[path.parent] = max(path.stat().st_mtime, written.get(path.parent, 0.0))
+                with suppress(OSError):  # a link that leads nowhere
+                    written[path.parent] = max(path.stat().st_mtime, written.get(path.parent, 0.0))
     return sorted(written, key=lambda run: (written[run], run), reverse=True)
 
 
@@ -258,9 +279,10 @@ class ShowRun:
             "result.json": run.result,
             "plugins.lock.json": run.plugins,
             "environment.json": run.environment,
+            "data.json": run.data,
             "files": run.files(),
         }
-        made_by = flat({**run.recipe, "plugins": {}, "environment": run.environment})
+        made_by = flat({**run.recipe, "plugins": {}, "environment": run.environment, "data": run.data})
         columns = ["name", "version", "source", "options"]
         plugins = [[cell(plugin.get(column)) for column in columns] for plugin in run.plugins]
         files = [(name, number(size)) for name, size in run.files().items()]
@@ -366,6 +388,7 @@ def check_files(run_dir: RunDir) -> Iterator[Finding]:
         "recipe.yaml": check_recipe,
         "plugins.lock.json": check_lock,
         "environment.json": check_environment,
+        "data.json": check_data,
         "result.json": check_result,
         "metrics.jsonl": check_records,
         "metrics.csv": check_epochs,
@@ -373,7 +396,7 @@ def check_files(run_dir: RunDir) -> Iterator[Finding]:
         "checkpoints/previous.pt": check_checkpoint,
         "checkpoints/best.pt": check_checkpoint,
     }
-    always_there = ("plugins.lock.json", "environment.json")
+    always_there = ("plugins.lock.json", "environment.json", "data.json")
     for name, check in checks.items():
         path = run_dir.path / name
         if not path.exists() and name not in always_there:
@@ -404,6 +427,12 @@ def check_environment(run_dir: RunDir, name: str) -> str:
     return f"device {run_dir.read_json(name)['device']}"
 
 
+def check_data(run_dir: RunDir, name: str) -> str:
+    """Read what is recorded of the data set; return the sizes of its splits."""
+    splits = mapping_from_json(run_dir.read_json(name))["splits"]
+    return ", ".join(f"{split['images']:,} {part} images" for part, split in splits.items())
+
+
 def check_result(run_dir: RunDir, name: str) -> str:
     """Read the result; return how the run ended."""
     return str(run_dir.read_json(name)["status"])
@@ -411,11 +440,11 @@ def check_result(run_dir: RunDir, name: str) -> str:
 
 def check_records(run_dir: RunDir, name: str) -> str:
     """Read a log: every line is a record, and neither epochs nor steps go back. Return how far it goes."""
-    lines = (run_dir.path / name).read_bytes().splitlines(keepends=True)
+    lines = run_dir.read_log(name).splitlines(keepends=True)
     last = {"epoch": 0, "step": 0}
     for line_number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line) if line.endswith(b"\n") else {}
+            record = parse_json(line) if line.endswith(b"\n") else {}
             position = {"epoch": record["epoch"], "step": record["step"]}
             back = [key for key in position if position[key] < last[key]]
         except (KeyError, TypeError, ValueError) as problem:
@@ -428,7 +457,7 @@ def check_records(run_dir: RunDir, name: str) -> str:
 
 def check_epochs(run_dir: RunDir, name: str) -> str:
     """Read a table of epochs: whole rows of numbers, epochs 1 to the last. Return how many there are."""
-    text = (run_dir.path / name).read_text(encoding="utf-8")
+    text = run_dir.read_log(name).decode()
     header, *rows = csv.reader(text.splitlines())
     whole = text.endswith("\n")
     for epoch, row in enumerate(rows, 1):
@@ -478,7 +507,7 @@ def check_resume(run_dir: RunDir) -> tuple[list[str], str]:
             recipe = load_recipe(run_dir.recipe_path())
             state, notice = run_dir.load_latest()
             run = build(recipe, console=Console(quiet=True))
-            differences = provenance.compare(state["provenance"], provenance.record(run))
+            differences = provenance.compare_state(state, run)
             run.load_state_dict(state)
         reasons = [str(difference) for difference in differences if difference.effect == "numbers"]
         reasons += missing_rows(run_dir, state)
@@ -497,7 +526,7 @@ def missing_rows(run_dir: RunDir, state: Mapping[str, Any]) -> list[str]:
         return []
     counted = saved["state"]["rows"]
     log = run_dir.path / "metrics.jsonl"
-    rows = log.read_bytes().count(b"\n") if log.exists() else 0
+    rows = run_dir.read_log(log.name).count(b"\n") if log.exists() else 0
     return [f"metrics.jsonl has {rows} rows and the checkpoint counted {counted}"] if rows < counted else []
 
 

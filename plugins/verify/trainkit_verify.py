@@ -23,6 +23,7 @@ from attrs import field
 from trainkit.cli.output import print_json, printable, table, terminal
 from trainkit.errors import TrainkitError, UsageError
 from trainkit.registry import base_name
+from trainkit.rundir import MAX_LOG, read_regular
 from trainkit_ledger import FILE, START, Ledger, chain_of, link, record_line, recorded_files
 
 if TYPE_CHECKING:
@@ -228,6 +229,11 @@ def _from_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
+def _text(path: Path) -> str:
+    """Return what a file of a run holds, which may be a stranger's: a regular one, of bounded size."""
+    return read_regular(path, MAX_LOG).decode("utf-8")
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a file of one JSON object a line.
 
@@ -235,7 +241,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         ValueError: a line is not one.
     """
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_text(path).splitlines(), start=1):
         try:
             value = _from_json(line)
         except ValueError as error:
@@ -282,10 +288,10 @@ def _check_checkpoints(stored: Stored, found: Verification) -> None:
     from trainkit.provenance import state_digest
 
     with suppress(*STRANGE):
-        result = _from_json((stored.run_dir.path / "result.json").read_text(encoding="utf-8"))
+        result = _from_json(_text(stored.run_dir.path / "result.json"))
         stored.result = result if isinstance(result, dict) else None
     with suppress(*STRANGE):
-        stored.lock = _from_json(stored.run_dir.versions("plugins.lock.json")[-1].read_text(encoding="utf-8"))
+        stored.lock = _from_json(_text(stored.run_dir.versions("plugins.lock.json")[-1]))
     wrong, strange, fitting = [], [], []
     for path in sorted((stored.run_dir.path / "checkpoints").glob("*.pt")):
         try:
@@ -415,7 +421,7 @@ def _wrong_table(stored: Stored) -> str:
         return ""
     if not path.exists():
         return "metrics.csv is missing" if stored.lists("metric_log") and history else ""
-    table_ = csv.reader(io.StringIO(path.read_text(encoding="utf-8")))
+    table_ = csv.reader(io.StringIO(_text(path)))
     columns = next(table_, [])
     if len(set(columns)) < len(columns):
         return "metrics.csv, line 1: a column twice"
@@ -529,7 +535,7 @@ def _recorded(stored: Stored, place: int) -> tuple[Recipe, dict[str, Any]]:
 
     run_dir = stored.run_dir
     plugins, environment, data = (
-        _from_json(run_dir.versions(name)[place].read_text(encoding="utf-8"))
+        _from_json(_text(run_dir.versions(name)[place]))
         for name in ("plugins.lock.json", "environment.json", "data.json")
     )
     path = run_dir.versions("recipe.yaml")[place]

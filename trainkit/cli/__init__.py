@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from trainkit import __version__
-from trainkit.cli.output import error
-from trainkit.errors import PluginError, TrainkitError, UsageError, did_you_mean
-from trainkit.registry import COMMANDS, installed
+from trainkit.cli.output import error, guarded_output, printable
+from trainkit.errors import TrainkitError, UsageError, did_you_mean
+from trainkit.registry import COMMANDS, Installed, installed, only
 
 __all__ = ["main"]
 
@@ -28,6 +30,10 @@ BUILT_IN = {
     "plugins": "list and show installed plugins",
     "recipes": "list and show recipes",
 }
+
+# The commands to which packages may add actions, with the actions that each has itself.
+ACTIONS = {"plugins": ("list", "show"), "recipes": ("list", "show"), "runs": ()}
+_PLAIN = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 
 # How long a thread spins at a barrier before it sleeps: GNU's OpenMP in iterations (by default 300,000, or for ever),
 # Intel's and LLVM's in milliseconds (by default 200).
@@ -44,6 +50,17 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 wrong input, 130 and 143 interrupted."""
     _shorten_spin()
+    with guarded_output() as out:
+        try:
+            code = _run(argv)
+        except _Exit as caught:  # argparse ends the process itself, for --help or a wrong argument
+            out.flush()
+            raise SystemExit(caught.code or int(out.lost)) from None
+        out.flush()
+    return code or int(out.lost)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in argv
     argv = [a for a in argv if a != "--traceback"]
@@ -53,10 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(caught, str(caught), caught.exit_code, show_traceback)
     except KeyboardInterrupt as caught:
         return _report(caught, "interrupted", 130, show_traceback)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        sys.stderr.close()
-        return 0
-    except Exception as caught:
+    except _Exit:
+        raise
+    except BaseException as caught:  # even SystemExit: a plugin that ends the process must say so
         return _report(caught, f"{type(caught).__name__}: {caught} (--traceback shows where)", 1, show_traceback)
 
 
@@ -73,67 +89,113 @@ def _shorten_spin() -> None:
 
 def _dispatch(argv: list[str]) -> int:
     first = argv[0] if argv else "--help"
-    if first in ("-h", "--help"):
-        _parser().print_help()
-        return 0
     if first == "--version":
         print(f"trainkit {__version__}")
         return 0
+    extra = _extra()
+    if first in ("-h", "--help"):
+        _parser(extra).print_help()
+        return 0
     two_words = f"{first}.{argv[1]}" if len(argv) > 1 else ""
-    if two_words in installed(COMMANDS):  # `trainkit plugins new`: an action that a plugin adds to a command
+    if two_words in extra:  # `trainkit plugins new`: an action that a plugin adds to a command
         first, argv = two_words, argv[1:]
-    more = ", ".join(_actions(first))
+    more = ", ".join(_actions(first, extra))
     if more and first not in BUILT_IN and argv[1:2] in (["-h"], ["--help"]):  # nothing but the actions of plugins
         print(
             f"usage: trainkit {first} ACTION ...\n\nactions: {more}\n\n`trainkit {first} ACTION --help` explains each."
         )
         return 0
-    command = _command(first)
-    parser = argparse.ArgumentParser(
+    command = _command(first, extra)
+    parser = _Parser(
         prog=f"trainkit {first.replace('.', ' ')}",
-        description=command.HELP + (f"\n\nactions that plugins add: {more}" if more else ""),
-        epilog=getattr(command, "EXAMPLES", None),
+        description=_literal(command.HELP + (f"\n\nactions that plugins add: {more}" if more else "")),
+        epilog=_literal(getattr(command, "EXAMPLES", "")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     command.add_arguments(parser)
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     try:
-        args = parser.parse_intermixed_args(argv[1:])  # KEY=VALUE before, after and between options
+        # KEY=VALUE before, after and between options; but Python 3.11 forgets there what `--` says
+        parse = parser.parse_args if "--" in argv else parser.parse_intermixed_args
+        args = parse(argv[1:])
     except TypeError:  # what argparse says of a command with actions
         args = parser.parse_args(argv[1:])
     code: int = command.run(args)
     return code
 
 
-def _actions(name: str) -> list[str]:
+class _Exit(BaseException):
+    """What argparse ends the process with, told apart from a plugin that calls ``sys.exit``."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends as :class:`_Exit` says."""
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if message:
+            print(printable(message), end="", file=sys.stderr)
+        raise _Exit(status)
+
+
+def _literal(text: str) -> str:
+    """Return a text that argparse prints as it is: it would replace ``%(prog)s``."""
+    return printable(text.replace("%", "%%") if "%(prog)" in text else text)
+
+
+def _extra() -> dict[str, list[Installed]]:
+    """Return the commands and actions of plugins, by name. One that may not be there is passed over, which is said."""
+    found = installed(COMMANDS)
+    refused = {name: reason for name in found if (reason := _refusal(name))}
+    for name, reason in refused.items():
+        _say_passed_over(name, ", ".join(f"{record.distribution} {record.version}" for record in found[name]), reason)
+    return {name: records for name, records in found.items() if name not in refused}
+
+
+def _refusal(name: str) -> str:
+    """Return why an entry point can be no command, or the empty string: what trainkit itself has is never replaced."""
+    command, dot, action = name.partition(".")
+    if not (_PLAIN.fullmatch(command) and (_PLAIN.fullmatch(action) or not dot)):
+        return "a name is lower-case letters, digits, '_' and '-'"
+    if not dot:
+        return "trainkit has this command itself" if command in {**BUILT_IN, **ACTIONS} else ""
+    if command not in ACTIONS:
+        return f"only {', '.join(ACTIONS)} take further actions"
+    return "trainkit has this action itself" if action in ACTIONS[command] else ""
+
+
+@cache  # once a process
+def _say_passed_over(name: str, claims: str, reason: str) -> None:
+    print(f"warning: the command {printable(repr(name))} of {claims} is passed over: {reason}", file=sys.stderr)
+
+
+def _actions(name: str, extra: Iterable[str]) -> list[str]:
     """Return the actions that plugins add to a command."""
-    return [action.removeprefix(f"{name}.") for action in installed(COMMANDS) if action.startswith(f"{name}.")]
+    return [action.removeprefix(f"{name}.") for action in extra if action.startswith(f"{name}.")]
 
 
-def _command(name: str) -> Any:
+def _command(name: str, extra: dict[str, list[Installed]]) -> Any:
     if name in BUILT_IN:
         return import_module(f"trainkit.cli.{name}")
-    extra = installed(COMMANDS)
-    if actions := _actions(name):
+    if actions := _actions(name, extra):
         raise UsageError(f"`trainkit {name}` needs an action: {', '.join(actions)}")
     if name not in extra:
         near = did_you_mean(name, [*BUILT_IN, *extra]) or "; `trainkit --help` lists what there is"
         raise UsageError(f"no command {name!r}{near}")
-    if len(extra[name]) > 1:
-        claims = " and ".join(f"{i.distribution} {i.version}" for i in extra[name])
-        raise PluginError(f"command {name!r} is claimed by {claims}; uninstall one of them")
-    return extra[name][0].load()
+    return only(name, extra[name], "command").load()
 
 
-def _parser() -> argparse.ArgumentParser:
-    commands = {**BUILT_IN, **_extra_commands()}
+def _parser(extra: dict[str, list[Installed]]) -> argparse.ArgumentParser:
+    commands = {**BUILT_IN, **_extra_commands(extra)}
     width = max(map(len, commands))
     listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in commands.items())
     parser = argparse.ArgumentParser(
         prog="trainkit",
         usage="trainkit COMMAND ...",
-        description=f"Train image models, and say exactly what produced a number.\n\ncommands:\n{listing}",
+        description=_literal(f"Train image models, and say exactly what produced a number.\n\ncommands:\n{listing}"),
         epilog=EXAMPLES + "\n`trainkit COMMAND --help` explains each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -142,10 +204,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _extra_commands() -> dict[str, str]:
+def _extra_commands(extra: dict[str, list[Installed]]) -> dict[str, str]:
     """Return the commands of plugins with their distribution's summary; ``runs list|show`` for several of one."""
     actions: dict[tuple[str, str], list[str]] = {}
-    for name, found in installed(COMMANDS).items():
+    for name, found in extra.items():
         first, _, action = name.partition(".")
         actions.setdefault((first, found[0].summary), []).append(action)
     return {

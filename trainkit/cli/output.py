@@ -2,30 +2,82 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import re
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["error", "number", "print_json", "printable", "table", "terminal"]
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+__all__ = ["Output", "error", "guarded_output", "number", "print_json", "printable", "table", "terminal"]
 
 
 def printable(text: object) -> str:
-    """Return text without control characters: names from recipes, data and metadata may carry terminal escapes."""
-    return _CONTROL.sub(lambda m: f"\\x{ord(m.group()):02x}", str(text))
+    """Return text without control characters: names from recipes, data and metadata may carry terminal escapes.
+
+    Characters that turn the direction of writing, or that show nothing, are none that may be printed either.
+    """
+    return "".join(c if c.isprintable() or c in "\t\n" else repr(c)[1:-1] for c in str(text))
 
 
 def error(message: str) -> None:
     """Print one paragraph to the standard error stream."""
     label = "\x1b[31merror:\x1b[0m" if sys.stderr.isatty() else "error:"
     print(f"{label} {printable(message)}", file=sys.stderr)
+
+
+class Output:
+    """A standard stream while a command runs: where it cannot be written, the command goes on without it.
+
+    A reader that has seen enough, such as `head`, ends nothing. A full disk, or a terminal that is gone, is said once,
+    on the standard error stream, and counts as a failure when the command has ended.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+        self.lost = False
+
+    def write(self, text: str) -> int:
+        """Write, if that is possible."""
+        self._guard(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what waits, if that is possible."""
+        self._guard(self.stream.flush)
+
+    def _guard(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError as caught:
+            with suppress(OSError, ValueError):  # a stream without a file, such as a notebook's
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if not self.lost and not isinstance(caught, BrokenPipeError):
+                self.lost = True
+                error(f"the output cannot be written: {caught.strerror}; what was to be printed is lost")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def guarded_output() -> Iterator[Output]:
+    """Guard the standard streams (:class:`Output`) within the block, and yield the standard output."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):  # a name that the encoding lacks must not end a run
+            stream.reconfigure(errors="backslashreplace")
+    out = Output(sys.stdout)
+    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, Output(sys.stderr))
+    try:
+        yield out
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = before
 
 
 def print_json(value: Any) -> None:
@@ -37,20 +89,17 @@ def terminal(*, stderr: bool = False) -> Console:
     """Return where commands print for people; a pipe or a file gets lines of 120 characters."""
     from rich.console import Console
 
-    class Terminal(Console):
-        def on_broken_pipe(self) -> None:
-            """Go on without a reader, such as `head`, that has seen enough: rich would end the run."""
-            self.quiet = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
-
-    made = Terminal(stderr=stderr)
-    return made if made.is_terminal or "COLUMNS" in os.environ else Terminal(stderr=stderr, width=120)
+    made = Console(stderr=stderr)
+    return made if made.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, width=120)
 
 
 def number(value: float | None) -> str:
     """Return a number as people read it: ``3,116,378``, ``93.83``, ``0.0123``; a dash for None."""
     if value is None:
         return "-"
+    if isinstance(value, int) and abs(value) >= 10**15:  # beyond what a float holds exactly, or at all
+        digits = str(value)
+        return digits if len(digits) <= 20 else f"{digits[:6]}... ({len(digits)} digits)"
     if float(value).is_integer():
         return f"{int(value):,}"
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"

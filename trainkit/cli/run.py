@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import shlex
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from trainkit.cli.output import number, print_json, printable, table, terminal
-from trainkit.errors import RecipeError, did_you_mean
+from trainkit.errors import RecipeError, UsageError, did_you_mean
+from trainkit.plugin import declared
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from trainkit.hooks import CallWrapper
+    from trainkit.recipe import Recipe
     from trainkit.run import Run
     from trainkit.session import Result
 
@@ -51,13 +53,64 @@ def run(args: argparse.Namespace) -> int:
     overrides = [*args.overrides, *([f"seed={args.seed}"] if args.seed is not None else [])]
     console = terminal(stderr=args.json)
     recipe = load_recipe(args.recipe, overrides)
+    refuse_meta(recipe)
     built = build(recipe, console=console, wrap_call=_call_wrapper(args, profile, console))
+    for line in (*_missing_parts(built), *_since_recorded(built)):
+        console.print(printable(line), **PLAIN)
     if args.dry_run:
         return _dry_run(built, as_json=args.json)
     code = train(built, args.run_dir, as_json=args.json)
     if args.profile:
         console.print(_profile_table(profile))
     return code
+
+
+def refuse_meta(recipe: Recipe) -> None:
+    """Refuse torch's device without memory, on which nothing is computed.
+
+    Raises:
+        RecipeError: it is the recipe's device.
+    """
+    if recipe.device.partition(":")[0] == "meta":
+        raise RecipeError(
+            f"{recipe.where}: device: 'meta' holds no numbers, so nothing would be trained; use cpu or auto"
+        )
+
+
+def _missing_parts(run: Run) -> Iterator[str]:
+    """Yield a warning for each thing that people expect of a run and that no plugin of the recipe does."""
+    plugins = run.hooks.plugins.values()
+    claimed = {slot for plugin in plugins for slot in declared(type(plugin.instance), "claims")}
+    logging = [
+        implementation.plugin
+        for implementation in run.hooks.implementations("log")
+        if "terminal" not in declared(type(implementation.plugin.instance), "claims")
+    ]
+    if "checkpoints" not in claimed:
+        yield "warning: nothing is saved: the recipe lists no plugin that saves checkpoints; the weights will be lost"
+    if not logging:
+        yield "warning: nothing is logged: the recipe lists no plugin that keeps records"
+    if "terminal" not in claimed:
+        yield "warning: nothing is shown until the end: the recipe lists no plugin that shows progress"
+
+
+def _since_recorded(run: Run) -> Iterator[str]:
+    """Yield what differs from the record of the run whose directory the recipe lies in, if it lies in one."""
+    from trainkit import provenance
+    from trainkit.recipe import load_recipe
+    from trainkit.rundir import RunDir
+
+    path = run.recipe.path
+    if path is None or path.name != "recipe.yaml" or not (path.parent / "plugins.lock.json").exists():
+        return
+    try:
+        recorded = provenance.read(RunDir(path.parent), load_recipe(path))
+        differences = provenance.compare(recorded, provenance.record(run))
+    except UsageError as problem:
+        yield f"not compared with the run that the recipe is of: {problem}"
+        return
+    if changes := [str(difference) for difference in differences if difference.effect == "numbers"]:
+        yield f"not as {path.parent} was recorded, so its numbers may differ: {'; '.join(changes)}"
 
 
 def train(run: Run, run_dir: str | None = None, *, as_json: bool) -> int:
@@ -75,7 +128,8 @@ def train(run: Run, run_dir: str | None = None, *, as_json: bool) -> int:
 
 
 def _resume_command(path: Path) -> str:
-    return f"trainkit resume {shlex.quote(printable(path))}"
+    name = f"./{path}" if str(path).startswith("-") else str(path)  # it is no option
+    return f"trainkit resume {shlex.quote(printable(name))}"
 
 
 def _report(result: Result, console: Console, *, as_json: bool) -> None:

@@ -126,7 +126,7 @@ def assert_light_imports(*modules: str) -> None:
     if not unknown:
         return
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", _COUNT_IMPORTS, *unknown]
+    command = [sys.executable, "-P", "-c", _COUNT_IMPORTS, *unknown]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise AssertionError(f"importing {', '.join(unknown)} failed: {done.stderr.splitlines()[-1]}")

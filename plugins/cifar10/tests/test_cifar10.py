@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import tarfile
+import time
 import zipfile
 from hashlib import md5
 from pathlib import Path
@@ -14,17 +15,27 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 import trainkit_cifar10
+from trainkit import cache
+from trainkit.cache import cache_path
 from trainkit.errors import DataError
 from trainkit.testing import run_steps
 from trainkit_cifar10 import CLASSES, Cifar10
 
-CACHE = ".trainkit-cifar10.pt"
+OLD_CACHE = ".trainkit-cifar10.pt"  # what earlier versions kept in the data folder
 SHARED = Path(__file__).parents[3].parent / "shared" / "data" / "cifar10" / "test.zip"
 
 
 def pixels(split, target, number):
     """What the image of this name holds, [32, 32, 3]."""
     return np.random.default_rng([split == "train", target, number]).integers(0, 256, (32, 32, 3), np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def cached(tmp_path, tmp_path_factory, monkeypatch):
+    """Where what is decoded from `root` is kept; files that have just been written count as at rest."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(cache, "SETTLE_NS", -(10**9))
+    return cache_path("cifar10", tmp_path, ".pt")
 
 
 @pytest.fixture
@@ -146,18 +157,27 @@ def test_download_leaves_class_folders_and_whole_files_alone(root, monkeypatch):
     assert len(Cifar10(root=root, download=True).data().train) == 50
 
 
-def test_second_opening_decodes_nothing(root, monkeypatch):
+def test_second_opening_decodes_nothing_and_the_data_folder_stays_as_it_was(root, cached, monkeypatch):
     first = Cifar10(root=root).data()
-    monkeypatch.setattr(trainkit_cifar10, "Image", None)
+    monkeypatch.setattr(trainkit_cifar10, "read_image", None)
     assert same(Cifar10(root=root).data(), first)
-    assert sorted(p.name for p in root.iterdir()) == [CACHE, "test", "train"]
+    assert cached.exists()
+    assert sorted(p.name for p in root.iterdir()) == ["test", "train"]
 
 
-@pytest.mark.parametrize("change", ["content", "name", "new", "gone", "time"])
-def test_cache_follows_the_files(root, change):
+def test_files_that_have_just_changed_are_not_kept(root, cached, monkeypatch):
+    monkeypatch.setattr(cache, "SETTLE_NS", 2 * 10**9)
     Cifar10(root=root).data()
-    before = (root / CACHE).stat().st_ino
+    assert not cached.exists()
+
+
+@pytest.mark.parametrize("change", ["content", "name", "new", "gone", "time", "byte"])
+def test_cache_follows_the_files(root, cached, change):
+    first = Cifar10(root=root).data()
+    before = cached.stat().st_ino
     path = root / "train" / "bird" / "1.png"
+    status = path.stat()
+    time.sleep(0.012)  # the kernel's clock tells no shorter times
     if change == "content":
         Image.new("RGB", (32, 32), (1, 2, 3)).save(path)
     elif change == "name":
@@ -166,44 +186,68 @@ def test_cache_follows_the_files(root, change):
         Image.new("RGB", (32, 32)).save(path.with_name("2.PNG"))
     elif change == "gone":
         path.unlink()
-    else:
+    elif change == "time":
         os.utime(path, ns=(0, 0))
+    else:  # another image in as many bytes, with the time of change put back
+        other = root / "train" / "bird" / "0.png"
+        content = other.read_bytes()
+        path.write_bytes(content + bytes(max(0, status.st_size - len(content))))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     data = Cifar10(root=root).data()
     assert len(data.train) == 20 + (change == "new") - (change == "gone")
     assert (data.train.images[5, :, 0, 0].tolist() == [1, 2, 3]) == (change == "content")
-    assert (root / CACHE).stat().st_ino != before
+    assert torch.equal(data.train.images[4], data.train.images[5]) == (change == "byte")
+    assert cached.stat().st_ino != before
+    assert same(data, first) == (change in ("name", "time"))
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "pixel", "other"])
-def test_damaged_cache_is_made_again(root, damage, monkeypatch):
+def forged(path, **changes):
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, **changes}, path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "pixel", "other", "shape", "type", "few"])
+def test_damaged_cache_is_made_again(root, cached, damage, monkeypatch):
     first = Cifar10(root=root).data()
-    path = root / CACHE
-    content = bytearray(path.read_bytes())
+    content = bytearray(cached.read_bytes())
+    images = [first.train.images, first.test.images]
     if damage == "empty":
-        path.write_bytes(b"")
+        cached.write_bytes(b"")
     elif damage == "cut":
-        path.write_bytes(content[: len(content) // 2])
+        cached.write_bytes(content[: len(content) // 2])
     elif damage == "pixel":
         at = content.index(first.train.images[7].numpy().tobytes())
         content[at] ^= 1
-        path.write_bytes(content)
+        cached.write_bytes(content)
+    elif damage == "other":
+        torch.save([1, 2], cached)
+    elif damage == "shape":
+        forged(cached, images=[part.view(-1, 3, 16, 64) for part in images])
+    elif damage == "type":
+        forged(cached, images=[part.float() for part in images])
     else:
-        torch.save([1, 2], path)
+        forged(cached, images=[images[0][:5], images[1]])
     assert same(Cifar10(root=root).data(), first)
-    monkeypatch.setattr(trainkit_cifar10, "Image", None)
+    monkeypatch.setattr(trainkit_cifar10, "read_image", None)
     assert same(Cifar10(root=root).data(), first)
 
 
-def test_cache_that_cannot_be_written_is_no_obstacle(root):
-    (root / CACHE / "below").mkdir(parents=True)  # stands in for a read-only folder, which root can write
+def test_caches_that_come_with_the_data_are_not_believed(root, cached):
+    first = Cifar10(root=root).data()
+    forged(cached, images=[torch.zeros_like(first.train.images), first.test.images])
+    cached.rename(root / OLD_CACHE)
+    assert same(Cifar10(root=root).data(), first)
+
+
+def test_cache_that_cannot_be_written_is_no_obstacle(root, cached):
+    (cached / "below").mkdir(parents=True)  # stands in for a read-only folder, which root can write
     for _ in range(2):
         assert len(Cifar10(root=root).data().train) == 20
-    assert sorted(p.name for p in root.iterdir()) == [CACHE, "test", "train"]
 
 
-def test_malicious_cache_does_not_run(root, tmp_path):
+def test_malicious_cache_does_not_run(root, cached, tmp_path):
     first = Cifar10(root=root).data()
-    torch.save(Malicious(tmp_path / "marker"), root / CACHE)
+    torch.save(Malicious(tmp_path / "marker"), cached)
     assert same(Cifar10(root=root).data(), first)
     assert not (tmp_path / "marker").exists()
 
@@ -230,7 +274,7 @@ def test_nothing_there_says_what_to_do(tmp_path):
 @pytest.mark.parametrize("path", ["test", "train/dog"])
 def test_missing_folder_is_named(root, path):
     (root / path).rename(root / "elsewhere")
-    with pytest.raises(DataError, match=f"{path}.*No such file or directory.*must each hold.*airplane"):
+    with pytest.raises(DataError, match=f"{path}.*: no such folder.*must each hold.*airplane"):
         Cifar10(root=root).data()
 
 
@@ -240,12 +284,12 @@ def test_empty_class_is_named(root):
         Cifar10(root=root).data()
 
 
-def test_undecodable_image_is_named(root):
+def test_undecodable_image_is_named(root, cached):
     path = root / "train" / "horse" / "1.png"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match=r"horse.1\.png: cannot be decoded: .*replace or remove"):
         Cifar10(root=root).data()
-    assert not (root / CACHE).exists()
+    assert not cached.exists()
 
 
 def test_wrong_size_is_named(root):

@@ -5,7 +5,7 @@ from zipfile import ZipFile
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
@@ -13,11 +13,8 @@ from torchvision.transforms import functional as F
 
 from trainkit.data import Data, TensorSplit
 from trainkit.errors import PluginError, RecipeError
-from trainkit.hooks import LoadedPlugin, register
-from trainkit.plugin import hookimpl, plugin
-from trainkit.recipe import Recipe, make_options
 from trainkit.rng import stream
-from trainkit.testing import build_run, run_steps
+from trainkit.testing import assert_refuses, build_run, from_recipe, run_steps, watch
 from trainkit_color_jitter import ColorJitter
 
 ZIP = next((Path(__file__).parents[3].parent / "shared" / "data" / "cifar10").glob("*.zip"), None)
@@ -72,12 +69,12 @@ def made(kind, n=48, size=(13, 17), channels=3, seed=0):
             return torch.zeros_like(noise)
 
 
-@pytest.mark.parametrize("channels", [3, 1])
 @pytest.mark.parametrize("kind", ["noise", "gray", "binary", "dark", "black"])
-@pytest.mark.parametrize("jitter", [ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.1), STRONG])
-def test_equals_torchvision_on_pil_images(jitter, kind, channels):
-    images, params = made(kind, channels=channels), drawn(jitter, 48)
-    assert torch.equal(jitter.apply(images.clone(), params), torchvision(images, params))
+def test_equals_torchvision_on_pil_images(kind):
+    for jitter in (ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.1), STRONG):
+        for channels in (3, 1):
+            images, params = made(kind, channels=channels), drawn(jitter, 48)
+            assert torch.equal(jitter.apply(images.clone(), params), torchvision(images, params))
 
 
 def test_every_order():
@@ -90,6 +87,7 @@ factors = st.tuples(*[st.floats(0, 4, width=32)] * 3, st.floats(-0.5, 0.5, width
 steps = st.lists(st.tuples(st.permutations(range(4)), factors), min_size=1, max_size=3)
 
 
+@settings(max_examples=40)
 @given(steps, st.tuples(st.integers(1, 40), st.integers(1, 40)), st.sampled_from([1, 3]), st.integers(0, 2**32))
 def test_any_factors_sizes_and_orders(steps, size, channels, seed):
     images = made("noise", len(steps), size, channels, seed)
@@ -97,7 +95,7 @@ def test_any_factors_sizes_and_orders(steps, size, channels, seed):
     assert torch.equal(ColorJitter().apply(images.clone(), params), torchvision(images, params))
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.1, -0.25, 0.5, -0.5])
+@pytest.mark.parametrize("factor", [0.1, -0.25, 0.5, -0.5])
 def test_hue_of_every_fifth_level_and_the_extremes(factor):
     levels = torch.cat([torch.arange(0, 255, 5), torch.tensor([1, 17, 254, 255])])
     colors = torch.cartesian_prod(levels, levels, levels).to(torch.uint8).T.reshape(1, 3, len(levels), -1)
@@ -180,34 +178,25 @@ def test_training_images_only():
 
 
 def test_other_images_are_refused():
-    @plugin
-    class FourChannels:
-        @hookimpl
-        def data(self):
-            split = TensorSplit(torch.zeros(8, 4, 2, 2, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
-            return Data(train=split, test=split, classes=("one",), shape=(4, 2, 2))
-
+    split = TensorSplit(torch.zeros(8, 4, 2, 2, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
+    data = Data(train=split, test=split, classes=("one",), shape=(4, 2, 2))
     with pytest.raises(RecipeError, match="4 channels"):
-        build_run({"data": FourChannels(), "color_jitter": STRONG})
+        build_run({"data": watch(data=lambda: data), "color_jitter": STRONG})
 
 
 def test_must_come_before_normalize():
     with pytest.raises(PluginError, match="normalize"):
-        register([LoadedPlugin("normalize", STRONG), LoadedPlugin("color_jitter", ColorJitter())])
+        build_run({"normalize": watch(), "color_jitter": ColorJitter()})
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("brightness", -0.1), ("contrast", (1.2, 0.8)), ("saturation", (-1, 1)), ("hue", 0.6), ("hue", (-0.6, 0)),
-     ("hue", -0.1), ("brightness", float("nan")), ("contrast", float("inf"))],
-)  # fmt: skip
-def test_wrong_amounts(name, value):
-    with pytest.raises(ValueError, match=name):
-        ColorJitter(**{name: value})
+def test_wrong_amounts():
+    assert_refuses(ColorJitter, "brightness", -0.1, float("nan"))
+    assert_refuses(ColorJitter, "contrast", [1.2, 0.8], float("inf"))
+    assert_refuses(ColorJitter, "saturation", [-1, 1])
+    assert_refuses(ColorJitter, "hue", 0.6, [-0.6, 0], -0.1)
 
 
-@pytest.mark.parametrize("value", [0, 1, 0.5, [1, 2], [0.5, 1]])
+@pytest.mark.parametrize("value", [0, 0.5, [1, 2]])
 def test_amounts_in_a_recipe(value):
-    recipe = Recipe(name="test", epochs=1, batch_size=1, plugins={"color_jitter": {"contrast": value}})
-    jitter = make_options(recipe, "color_jitter", ColorJitter)
+    jitter = from_recipe(ColorJitter, contrast=value)
     assert drawn(jitter, 3)["order"].shape == (3, 0 if value == 0 else 1)

@@ -76,6 +76,7 @@ def assert_same_run(run, expected):
     assert run.step == expected.step
 
 
+@pytest.mark.slow
 def test_torchs_compiler_trains_the_same_network():
     # without a C++ compiler this checks the way on without one
     run, expected = run_steps({"compile": Compile()}, steps=2), run_steps({}, steps=2)

@@ -225,3 +225,37 @@ def test_help_has_an_example(capsys):
     with pytest.raises(SystemExit):
         main(["doctor", "--help"])
     assert "trainkit doctor" in capsys.readouterr().out.split("examples:")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("entry_points.txt", b"no equals sign"),
+        ("entry_points.txt", b"\xff\xfe"),
+        ("METADATA", b"\xff\xfe"),
+        ("METADATA", b""),
+        ("METADATA", b"Name: acme-zebra\nVersion: 1.0\nRequires-Dist: !!\n"),
+        ("METADATA", b"Name: acme-zebra\nVersion: 1.0\nRequires-Dist: x; nothing == '1'\n"),
+        ("direct_url.json", b"["),
+        ("direct_url.json", b"[]"),
+        ("direct_url.json", b"\xff"),
+        ("direct_url.json", b"[" * 100_000),
+        ("direct_url.json", b'{"url": 3, "dir_info": {"editable": true}}'),
+    ],
+)
+def test_no_damaged_file_of_a_package_ends_it(site, doctor, name, content):
+    distribution(site, "acme-zebra")
+    (site / "acme_zebra-1.0.dist-info" / name).write_bytes(content)
+    _, findings = doctor()
+    assert findings["torch"][0] == "ok"
+    if name == "direct_url.json" or b"Requires" in content:
+        assert findings["acme-zebra"][0] == "problem"
+        assert findings["acme-zebra"][2] == "install it again"
+
+
+def test_a_pyproject_that_blocks_is_a_finding(site, doctor):
+    home = site.parent / "zebra"
+    home.mkdir()
+    os.mkfifo(home / "pyproject.toml")
+    distribution(site, "acme-zebra", origin=home)
+    assert "acme-zebra" not in doctor()[1]  # it is no file, so it says nothing of a version

@@ -1,3 +1,4 @@
+import os
 import struct
 import sys
 import xml.etree.ElementTree as ET
@@ -8,7 +9,7 @@ from trainkit import TrainkitError, fit
 from trainkit.errors import RecipeError
 from trainkit.plugin import hookimpl, plugin
 from trainkit.rundir import RunDir
-from trainkit.testing import build_run
+from trainkit.testing import assert_refuses, build_run, watch
 from trainkit_figures import Figures
 
 HEADER = "epoch,train_loss,test_loss,test_accuracy\n"
@@ -65,6 +66,14 @@ def test_labels_name_recipe_splits_and_best_epoch(tmp_path):
     assert "best test 0.9000 (epoch 2)" in loss
     assert "best test 57.25 (epoch 2)" in accuracy
     assert not any("published" in text or "expected" in text for text in loss)
+
+
+def test_with_a_validation_split_its_curve_is_drawn(tmp_path):
+    held_out = watch(transform_data=lambda data: data.replace(validation=data.test))
+    fit(build_run({"held_out": held_out, "loss": Loss(), "figures": Figures()}, epochs=3), tmp_path)
+    labels = texts(tmp_path / "figures" / "loss.svg")
+    assert {"Train vs Validation Loss: test", "validation", "best validation 0.3333 (epoch 3)"} <= set(labels)
+    assert "test" not in labels
 
 
 def test_the_published_curve_is_laid_over_as_far_as_the_recipe_goes(tmp_path, published):
@@ -149,14 +158,13 @@ def test_drawn_after_a_failure_too(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read: No such file"),
         ("", "expected rows under a line that names some of epoch, train_loss"),
         ("epoch,accuracy\n1,2\n", "expected rows under"),
         ("test_loss\n1\n", "expected rows under"),
         (HEADER, "expected rows under"),
         (HEADER + "1,1.5,1.25,50\n2,1.5,high,50\n", "line 3: not a row of numbers: .*'high'"),
         (HEADER + "1,1.5\n", "line 2: not a row of numbers"),
-        (b"\xff\xfe\x00epoch", "not a row of numbers: 'utf-8'"),
+        (b"\xff\xfe\x00epoch", "not UTF-8 text"),
     ],
 )
 def test_a_wrong_published_file_is_an_error_before_training(tmp_path, content, message):
@@ -164,7 +172,7 @@ def test_a_wrong_published_file_is_an_error_before_training(tmp_path, content, m
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     run = build_run({"figures": Figures(published=path)})
-    with pytest.raises(RecipeError, match=rf"'figures', fit_start: published: .*curve\.csv.*{message}"):
+    with pytest.raises(RecipeError, match=rf"figures.*published: .*curve\.csv.*{message}"):
         fit(run, tmp_path / "run")
     assert run.step == 0
 
@@ -180,5 +188,16 @@ def test_pyplot_and_its_settings_are_left_alone(tmp_path):
 
 
 def test_every_cannot_be_negative():
-    with pytest.raises(ValueError, match="'every'"):
-        Figures(every=-1)
+    assert_refuses(Figures, "every", -1)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "large"])
+def test_a_published_file_is_a_regular_one_of_bounded_size(tmp_path, kind):
+    path = tmp_path / "curve.csv"
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.touch()
+        os.truncate(path, 1 << 40)
+    with pytest.raises(RecipeError, match=r"curve\.csv: cannot be read: it is (no regular file|larger than 16 MiB)"):
+        Figures(published=path).fit_start()

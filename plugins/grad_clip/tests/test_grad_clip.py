@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainkit.testing import parameters_of, run_steps
+from trainkit.testing import assert_refuses, parameters_of, run_steps
 from trainkit_grad_clip import GradClip
 
 
@@ -46,7 +46,5 @@ def test_parameters_move_at_most_by_learning_rate_times_limit():
     assert unclipped > move
 
 
-@pytest.mark.parametrize("limit", [0, -1])
-def test_limit_must_be_positive(limit):
-    with pytest.raises(ValueError, match="limit"):
-        GradClip(limit=limit)
+def test_limit_must_be_positive():
+    assert_refuses(GradClip, "limit", 0, -1)

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plugins" / "zebra").mkdir(parents=True)
     (tmp_path / "plugins" / "zebra" / "pyproject.toml").touch()
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "trainkit"\n')
     (tmp_path / "site").mkdir()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))  # no settings of uv
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     python, real = tmp_path / "bin" / "python", sys.executable
     python.parent.mkdir()
@@ -62,9 +65,9 @@ def test_the_checkout_and_requirements_are_installed_by_one_command_that_is_show
     checkout(provides=["zebra", "lion"])
     write("{zebra: , lion: }", '["acme-trainkit-lion[fast]>=1.2,<2"]')
     assert install("--yes") == 0
-    expected = ["-m", "pip", "install", "-e", "./plugins/zebra", "acme-trainkit-lion[fast]<2,>=1.2"]
+    expected = ["-P", "-m", "pip", "install", "-e", "./plugins/zebra", "acme-trainkit-lion[fast]<2,>=1.2"]
     assert told() == expected
-    shown = f"{tmp_path}/bin/python -m pip install -e ./plugins/zebra 'acme-trainkit-lion[fast]<2,>=1.2'\n"
+    shown = f"{tmp_path}/bin/python -P -m pip install -e ./plugins/zebra 'acme-trainkit-lion[fast]<2,>=1.2'\n"
     assert capsys.readouterr().out == shown
 
 
@@ -75,7 +78,7 @@ def test_what_is_installed_already_is_left_alone(checkout, capsys):
     checkout(provides=["lion"])
     write("{zebra: , lion: }", '["acme-trainkit-lion"]')
     assert install("--yes") == 0
-    assert told() == ["-m", "pip", "install", "acme-trainkit-lion"]
+    assert told() == ["-P", "-m", "pip", "install", "acme-trainkit-lion"]
 
 
 def test_nothing_missing_says_so(checkout, capsys):
@@ -184,7 +187,9 @@ def test_whatever_a_recipe_says_an_argument_is_a_project(text):
 
 
 def uv(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: str(tmp_path / "bin" / "python") if name == "uv" else None)
+    monkeypatch.setattr(
+        "trainkit_installer.program", lambda name: str(tmp_path / "bin" / "python") if name == "uv" else None
+    )
 
 
 def test_uv_is_used_where_it_made_the_environment(checkout, tmp_path, monkeypatch):
@@ -193,13 +198,13 @@ def test_uv_is_used_where_it_made_the_environment(checkout, tmp_path, monkeypatc
     write("{zebra: }")
     (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\nuv = 0.9.1\n")
     assert install("--yes") == 0
-    assert told() == ["pip", "install", "--python", sys.executable, "-e", "./plugins/zebra"]
+    assert told() == ["pip", "install", "--no-config", "--python", sys.executable, "-e", "./plugins/zebra"]
 
 
 def test_uv_is_used_where_pip_is_missing(checkout, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("trainkit_installer.find_spec", lambda name: None)
+    monkeypatch.setattr("trainkit_installer.distributions", lambda name: iter(()))
     write("{zebra: }")
-    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("trainkit_installer.program", lambda name: None)
     assert install("--yes") == 2
     assert "neither pip nor uv" in capsys.readouterr().err
     uv(tmp_path, monkeypatch)
@@ -214,4 +219,27 @@ def test_pip_is_used_where_both_are_there(checkout, tmp_path, monkeypatch):
     checkout(provides=["zebra"])
     write("{zebra: }")
     assert install("--yes") == 0
-    assert told()[:2] == ["-m", "pip"]
+    assert told()[:3] == ["-P", "-m", "pip"]
+
+
+def test_a_label_asks_for_the_plugin_itself(checkout):
+    checkout(provides=["zebra"])
+    write("{zebra@one: , zebra@two: }")
+    assert install("--yes") == 0
+    assert told() == ["-P", "-m", "pip", "install", "-e", "./plugins/zebra"]
+
+
+def test_the_installer_takes_no_module_of_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pip.py").write_text("open('imported', 'w')\n")
+    monkeypatch.setattr("trainkit_installer.program", lambda name: None)
+    subprocess.run([*trainkit_installer._installer()[:-1], "--version"], capture_output=True, check=False)
+    assert not (tmp_path / "imported").exists()
+
+
+def test_uv_takes_the_users_settings_and_none_of_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert trainkit_installer._uv_settings() == ["--no-config"]
+    (tmp_path / "uv").mkdir()
+    (tmp_path / "uv" / "uv.toml").touch()
+    assert trainkit_installer._uv_settings() == ["--config-file", str(tmp_path / "uv" / "uv.toml")]

@@ -182,8 +182,8 @@ def test_an_optimizer_that_another_plugin_wraps_is_the_one_that_is_warmed_up():
 
 
 def test_wrong_options_are_one_clear_error():
-    for options, given in (({}, "neither is"), ({"steps": 5, "epochs": 1}, "both are")):
-        with pytest.raises(ValueError, match=f"either 'steps' or 'epochs', and {given} given"):
+    for options, which in (({}, "neither is"), ({"steps": 5, "epochs": 1}, "both are")):
+        with pytest.raises(ValueError, match=f"either 'steps' or 'epochs', and {which} given"):
             LinearWarmup(**options)
     assert_refuses(LinearWarmup, "steps", 0)
     assert_refuses(LinearWarmup, "epochs", 0, -1.5)

@@ -1,3 +1,4 @@
+import copy
 import warnings
 
 import pytest
@@ -152,6 +153,20 @@ def test_a_run_gives_the_bits_of_the_reference(sync):
     without = run_steps({"sgd": MomentumAndSteps()}, steps=13)
     assert same_bits(parameters_of(ours), parameters_of(plain))
     assert not same_bits(parameters_of(ours), parameters_of(without))
+
+
+@syncs
+@pytest.mark.parametrize("steps", [0, 1, 3, 5])
+def test_continues_exactly_from_a_state(sync, steps):
+    ours, theirs = make_params(), make_params()
+    whole, rest = (LookaheadOptimizer(sgd(params), k=5, alpha=0.5, sync=sync) for params in (ours, theirs))
+    train(ours, whole, steps)
+    for p, other in zip(theirs, ours, strict=True):
+        p.data.copy_(other.data)
+    rest.load_state_dict(copy.deepcopy(whole.state_dict()))
+    train(ours, whole, 8, start=steps)
+    train(theirs, rest, 8, start=steps)
+    assert same_bits(ours, theirs)
 
 
 def test_loading_copies_and_shares_again():

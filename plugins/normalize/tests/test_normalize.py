@@ -7,9 +7,9 @@ from PIL import Image
 from torchvision.transforms import Compose, ToTensor
 from torchvision.transforms import Normalize as Reference
 
+from trainkit import Map, TrainkitError
 from trainkit.errors import RecipeError
-from trainkit.recipe import Recipe, make_options
-from trainkit.testing import build_run
+from trainkit.testing import assert_refuses, build_run, run_steps, watch
 from trainkit.transforms import to_float
 from trainkit_normalize import Normalize
 
@@ -65,16 +65,24 @@ def test_a_wrong_number_of_channels_is_refused_when_the_run_is_built(mean, std):
         build_run({"normalize": Normalize(mean=mean, std=std)})
 
 
-@pytest.mark.parametrize(
-    ("key", "options"),
-    [
-        ("std", {"mean": [0.5], "std": [0.0]}),
-        ("std", {"mean": [0.5], "std": [-1]}),
-        ("std", {"mean": [0.5]}),
-        ("mean", {"std": [0.5]}),
-    ],
-)
-def test_impossible_or_missing_options_are_refused(key, options):
-    recipe = Recipe(name="r", epochs=1, batch_size=1, plugins={"normalize": options})
-    with pytest.raises(RecipeError, match=rf"plugins\.normalize\.{key}: "):
-        make_options(recipe, "normalize", Normalize)
+class NeedsBytes(Map):
+    """Counts on bytes."""
+
+    needs_uint8 = True
+
+    def apply(self, images, params):
+        return 255 - images
+
+
+def test_a_transform_that_needs_bytes_is_refused_below_it():
+    normalize, negative = Normalize(mean=[0.5] * 3, std=[0.25] * 3), watch(transforms=lambda run: NeedsBytes())
+    run_steps({"negative": negative, "normalize": normalize}, steps=1)
+    message = r"transform 'negative' needs uint8 images, .* returns float32; list it above .*such as normalize"
+    with pytest.raises(TrainkitError, match=message):
+        run_steps({"normalize": normalize, "negative": negative}, steps=1)
+
+
+def test_impossible_or_missing_options_are_refused():
+    assert_refuses(Normalize, "std", [0.0], [-1], mean=[0.5])
+    assert_refuses(Normalize, "std", mean=[0.5])
+    assert_refuses(Normalize, "mean", std=[0.5])

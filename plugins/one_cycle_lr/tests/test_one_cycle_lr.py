@@ -109,7 +109,7 @@ def test_a_cycle_may_only_fall_or_only_rise(pct_start):
 
 
 def test_an_optimizer_without_momentum_says_what_to_set():
-    adagrad = watch(optimizer=lambda params: torch.optim.Adagrad(params))
+    adagrad = watch(optimizer=lambda params: torch.optim.Adagrad(params, lr=0.1))
     with pytest.raises(RecipeError, match=r"Adagrad has neither a momentum nor betas.*set cycle_momentum: false"):
         build_run({"adagrad": adagrad, "one_cycle_lr": OneCycleLR(max_lr=0.1)})
     build_run({"adagrad": adagrad, "one_cycle_lr": OneCycleLR(max_lr=0.1, cycle_momentum=False)})

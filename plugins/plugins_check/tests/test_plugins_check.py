@@ -185,8 +185,6 @@ class X:
             "@hookimpl(wrapper=True)\ndef log(self, run): yield",
             ["log: hookimpl takes no options (wrapper); order is the recipe's order"],
         ),
-        ("def state_dict(self): ...", ["it has state_dict and no load_state_dict; checkpoints need both"]),
-        ("def load_state_dict(self, state): ...", ["it has load_state_dict and no state_dict; checkpoints need both"]),
         (
             "@hookimpl\ndef fit_strat(self): ...\ndef log(self): ...",
             [
@@ -212,7 +210,6 @@ def test_what_shows_when_hooks_are_bound_is_broken(install, only, printed, body,
         "@hookimpl(optionalhook=True)\ndef of_nobody(self, anything): ...",
         "@hookimpl(specname='log')\ndef write(self, record): ...",
         "def state_dict(self): ...\ndef load_state_dict(self, state): ...",
-        "loss: str = 'an option may have the name of a hook'",
     ],
 )
 def test_what_a_run_accepts_is_ok(install, printed, body):
@@ -347,3 +344,24 @@ def test_the_contract_is_printed_without_torch_or_plugins():
         "sys.exit(any(m in sys.modules for m in ('torch', 'rich', 'omegaconf', 'trainkit_sgd')))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_a_damaged_requirement_of_one_plugin_ends_nothing(install, printed, capsys):
+    install("zebra", requires=["!!", "trainkit>=0.1"])
+    install("okapi", requires=["trainkit>=999"])
+    facts = printed("plugins", "check", "zebra", "okapi")[1]
+    assert [fact["verdict"] for fact in facts] == ["ok", "incompatible"]
+
+
+def test_implementers_are_named_whatever_another_plugin_does(install, only, capsys):
+    install("zebra")
+    install("bongo", "raise SystemExit(0)\n")
+    install("lion", distribution="acme-one")
+    install("lion", distribution="acme-two")
+    only("zebra", "bongo", "lion")
+    assert main(["hooks", "--implementers", "--json"]) == 0
+    said = capsys.readouterr()
+    facts = {fact["hook"]: fact["implementers"] for fact in json.loads(said.out)}
+    assert facts["log"] == ["zebra"]
+    assert "'bongo' (acme-bongo 1.2) failed at import" in said.err
+    assert "'lion' is claimed by" in said.err

@@ -1,16 +1,17 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from trainkit.testing import build_run
+from trainkit.testing import assert_refuses, build_run
 from trainkit.transforms import gather
 from trainkit_random_horizontal_flip import RandomHorizontalFlip
 
 
+@settings(max_examples=40)
 @given(
     st.lists(st.booleans(), min_size=1, max_size=6),
     st.integers(1, 40),
@@ -28,7 +29,7 @@ def test_the_same_bytes_as_torchvision_on_pil_images(flips, height, width, chann
         assert np.array_equal(found, np.asarray(expected).reshape(found.shape))
 
 
-@pytest.mark.parametrize("p", [0, 0.1, 0.5, 1])
+@pytest.mark.parametrize("p", [0, 0.3, 1])
 def test_a_share_p_of_the_images_is_mirrored(p):
     n = 10_000
     flip = RandomHorizontalFlip(p=p).draw(np.random.default_rng(0), n, (4, 4))["flip"]
@@ -48,7 +49,5 @@ def test_training_images_only():
     assert torch.equal(run.transforms["test"](images, stream), plain)
 
 
-@pytest.mark.parametrize("p", [-0.1, 1.1])
-def test_p_must_be_a_probability(p):
-    with pytest.raises(ValueError, match="'p'"):
-        RandomHorizontalFlip(p=p)
+def test_p_must_be_a_probability():
+    assert_refuses(RandomHorizontalFlip, "p", -0.1, 1.1)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock as TorchvisionBlock
 
-from trainkit.testing import build_run, parameters_of, run_steps
+from trainkit.testing import assert_refuses, build_run, parameters_of, run_steps
 from trainkit_resnet import BasicBlock, ResNet
 
 
@@ -125,24 +125,19 @@ def test_it_fits_the_data_and_trains():
     assert not any(map(torch.equal, start, parameters_of(run)))
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"blocks": []}, "blocks"),
-        ({"blocks": [2, 0, 2, 2]}, "blocks"),
-        ({"stem": 0}, "stem"),
+def test_wrong_options_are_named():
+    assert_refuses(ResNet, "blocks", [], [2, 0, 2, 2])
+    assert_refuses(ResNet, "stem", 0)
+    assert_refuses(ResNet, "channels", [8, 8, 8, -1])
+    assert_refuses(ResNet, "dropout", 1.0, -0.1)
+    for options, message in [
         ({"channels": [8, 8]}, "'channels' has length 2 and 'blocks' 4"),
-        ({"channels": [8, 8, 8, -1]}, "channels"),
         ({"kernel_sizes": []}, "kernel_sizes"),
         ({"kernel_sizes": [3, 3]}, "'kernel_sizes' has length 2 and 'blocks' 4"),
         ({"kernel_sizes": [2]}, "'kernel_sizes' must be odd"),
         ({"shortcut_kernel_sizes": [0]}, "'shortcut_kernel_sizes' must be odd"),
         ({"strides": [1, 2]}, "'strides' has length 2 and 'blocks' 4"),
         ({"strides": [1, 2, 0, 2]}, "strides"),
-        ({"dropout": 1.0}, "dropout"),
-        ({"dropout": -0.1}, "dropout"),
-    ],
-)
-def test_wrong_options_are_named(options, named):
-    with pytest.raises(ValueError, match=named):
-        ResNet(**options)
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ResNet(**options)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import trainkit_reuse_memory
-from trainkit.testing import assert_conforms, parameters_of, run_steps
+from trainkit.testing import parameters_of, run_steps
 from trainkit_reuse_memory import ReuseMemory
 
 PAGES = 48 * 2**20 // resource.getpagesize()  # of a block larger than what glibc ever keeps by itself
@@ -50,6 +50,7 @@ def use_blocks(how):
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @needs_glibc
 def test_the_block_of_a_step_serves_the_next_one_and_is_handed_back_when_the_run_ends():
     in_run, afterwards = use_blocks("with")
@@ -57,6 +58,7 @@ def test_the_block_of_a_step_serves_the_next_one_and_is_handed_back_when_the_run
     assert min(afterwards) > FEW
 
 
+@pytest.mark.slow
 @needs_glibc
 def test_without_it_each_step_gets_new_pages():
     in_run, afterwards = use_blocks("without")
@@ -72,7 +74,3 @@ def test_it_does_nothing_where_the_c_library_is_another(monkeypatch):
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
     monkeypatch.setattr(trainkit_reuse_memory, "ctypes", None)  # no mallopt to call
     run_steps({"reuse_memory": ReuseMemory()}, steps=1)
-
-
-def test_it_conforms():
-    assert_conforms(ReuseMemory)

@@ -169,7 +169,7 @@ def test_show_puts_what_is_expected_beside_what_was_reached(runs, capsys):
     names = [line.split()[0] for line in printed.splitlines() if line.split()]
     at = names.index("final.test_accuracy")
     assert names[at + 1 : at + 4] == ["best.test_accuracy.value", "best.test_accuracy.epoch", "expected.test_accuracy"]
-    for said in ("{'lr': 0.1}", "environment.packages.torch"):
+    for said in ("'lr': 0.1", "environment.packages.torch"):
         assert said in printed
     assert ["figures/loss.png", "1,234"] in [line.split() for line in printed.splitlines()]
 
@@ -212,18 +212,20 @@ def test_compare_sees_versions_order_environment_and_data(runs, ask):
     shutil.copytree(runs / "a", runs / "b")
     lock = json.loads((runs / "b" / "plugins.lock.json").read_text())
     lock[3]["version"] = "9.9"
-    (runs / "b" / "plugins.lock.json").write_text(json.dumps([*lock[:-2], lock[-1], lock[-2]]))
+    (runs / "b" / "plugins.lock.json").write_text(json.dumps([*lock[:2], lock[3], lock[2], *lock[4:]]))
     environment = json.loads((runs / "b" / "environment.json").read_text())
     environment["packages"]["torch"] = "1.0"
-    environment["data"]["train"]["fingerprint"] = "x"
     (runs / "b" / "environment.json").write_text(json.dumps(environment))
+    data = json.loads((runs / "b" / "data.json").read_text())
+    data["splits"]["train"]["content"] = "x"
+    (runs / "b" / "data.json").write_text(json.dumps(data))
     _, compared, _ = ask("runs", "compare", "runs/small/a", "runs/small/b")
     differences = {key: values[1] for key, values in compared["differences"].items()}
     assert differences == {
         "plugins.sgd version": "9.9",
-        "order of plugins": "digits, resnet, cross_entropy, sgd, metric_log, metrics",
+        "order of plugins": "digits, resnet, sgd, cross_entropy, metrics",
         "environment.packages.torch": "1.0",
-        "environment.data.train.fingerprint": "x",
+        "data.splits.train.content": "x",
     }
 
 
@@ -415,7 +417,8 @@ def test_a_changed_recipe_would_not_resume_exactly(run, check):
     code, verdicts, found = check()
     assert code == 1
     assert set(verdicts.values()) == {"whole"}
-    assert found["answer"] == "would not: batch_size was 4 and is 2; plugins.sgd.lr was 0.1 and is 0.2"
+    changes = "batch_size was 4 and is 2; test_batch_size was 4 and is 2; plugins.sgd.lr was 0.1 and is 0.2"
+    assert found["answer"] == f"would not: {changes}"
 
 
 def test_changed_data_would_not_resume_exactly(run, check):
@@ -423,7 +426,7 @@ def test_changed_data_would_not_resume_exactly(run, check):
     Image.new("RGB", (8, 8), (255, 255, 255)).save(path)
     code, _, found = check()
     assert code == 1
-    assert found["answer"].startswith("would not: environment.data.train.fingerprint was")
+    assert found["answer"].startswith("would not: data.splits.train.content was")
 
 
 def test_data_that_cannot_be_opened_are_a_reason(run, check):
@@ -451,3 +454,33 @@ def test_a_run_that_another_process_writes_would_not_resume(run, check):
         code, _, found = check()
     assert (code, found["whole"]) == (1, True)
     assert "another process is writing" in found["answer"]
+
+
+@pytest.mark.parametrize("name", ["result.json", "data.json", "metrics.jsonl", "metrics.csv", "recipe.yaml"])
+@pytest.mark.parametrize("kind", ["fifo", "/dev/zero", "deep"])
+def test_no_file_of_a_run_blocks_a_command_or_ends_it_with_a_traceback(runs, capsys, name, kind):
+    path = runs / "a" / name
+    path.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "deep":
+        path.write_text("[" * 5000 + "]" * 5000)
+    else:
+        path.symlink_to(kind)
+    for arguments in (["list"], ["show", "runs/small/a"], ["compare", "runs/small/a", "runs/small/b"]):
+        code = main(["runs", *arguments])
+        said = capsys.readouterr()
+        assert code in (0, 1, 2)
+        assert "Error" not in said.err
+        assert "--traceback" not in said.err
+
+
+def test_a_link_that_leads_nowhere_is_no_run(runs, ask):
+    (runs / "c").mkdir()
+    (runs / "c" / "recipe.yaml").symlink_to("recipe.yaml")
+    assert len(ask("runs", "list")[1]) == 2
+
+
+def test_an_integer_beyond_float_is_shown(runs, capsys):
+    (runs / "a" / "result.json").write_text('{"status": "completed", "epochs": 1' + "0" * 400 + "}")
+    assert main(["runs", "list"]) == 0

@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainkit import Map
 from trainkit.errors import RecipeError
-from trainkit.plugin import hookimpl, plugin
-from trainkit.testing import build_run, run_steps
+from trainkit.testing import assert_refuses, build_run, run_steps, watch
 from trainkit_se import SE, SqueezeExcitation
 
 
@@ -144,19 +143,9 @@ def test_the_trial_image_has_the_size_that_transforms_give():
         def apply(self, images, params):
             return images[:, :, ::2, ::2]
 
-    @plugin
-    class Setup:
-        """Images of half the size, and a network that takes no other."""
-
-        @hookimpl
-        def transforms(self):
-            return Half()
-
-        @hookimpl
-        def model(self):
-            return nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16 * 2 * 2, 4))
-
-    run = build_run({"setup": Setup(), "se": SE(after=["0"])})
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16 * 2 * 2, 4))  # takes no other size
+    setup = watch(transforms=lambda run: Half(), model=lambda: network)
+    run = build_run({"setup": setup, "se": SE(after=["0"])})
     assert paths_of_se(run.model) == ["0.se"]
 
 
@@ -194,9 +183,6 @@ def test_a_reduction_that_leaves_nothing_is_refused():
         insert(small(), "1")
 
 
-@pytest.mark.parametrize(
-    ("options", "named"), [({"after": []}, "after"), ({"after": ["x"], "reduction": 0}, "reduction")]
-)
-def test_wrong_options_are_named(options, named):
-    with pytest.raises(ValueError, match=named):
-        SE(**options)
+def test_wrong_options_are_named():
+    assert_refuses(SE, "after", [])
+    assert_refuses(SE, "reduction", 0, after=["x"])

@@ -7,10 +7,9 @@ from torchvision import models
 
 from trainkit.errors import RecipeError
 from trainkit.plugin import hookimpl, plugin
-from trainkit.recipe import Recipe, make_options
 from trainkit.rng import torch_seed
 from trainkit.run import count_parameters
-from trainkit.testing import assert_conforms, build_run, fake_data, parameters_of, run_steps
+from trainkit.testing import build_run, fake_data, from_recipe, parameters_of, run_steps
 from trainkit_torchvision_model import TorchvisionModel
 
 
@@ -49,9 +48,7 @@ def test_it_is_torchvisions_network_with_its_initial_weights():
 
 
 def test_kwargs_reach_the_builder():
-    options = {"name": "mobilenet_v2", "kwargs": {"width_mult": 0.25, "dropout": 0.5}}
-    recipe = Recipe(name="r", epochs=1, batch_size=1, plugins={"torchvision_model": options})
-    network = make_options(recipe, "torchvision_model", TorchvisionModel)
+    network = from_recipe(TorchvisionModel, name="mobilenet_v2", kwargs={"width_mult": 0.25, "dropout": 0.5})
     model = build_run({"network": network}).model
     assert count_parameters(model) == count_parameters(models.mobilenet_v2(width_mult=0.25, num_classes=4))
     assert model.classifier[0].p == 0.5
@@ -61,10 +58,6 @@ def test_it_trains():
     network = {"network": TorchvisionModel(name="shufflenet_v2_x0_5")}
     start, end = parameters_of(build_run(network)), parameters_of(run_steps(network, steps=2))
     assert not any(map(torch.equal, start, end))
-
-
-def test_it_conforms():
-    assert_conforms(TorchvisionModel, name="mobilenet_v2", kwargs={"width_mult": 0.1}, beside={"images": Images()})
 
 
 @pytest.mark.parametrize(("name", "size"), [("googlenet", 32), ("inception_v3", 75)])
@@ -105,10 +98,10 @@ def test_only_names_of_classification_networks(name, near):
         build_run({"network": TorchvisionModel(name=name)})
 
 
-@pytest.mark.parametrize("key", ["weights", "pretrained", "num_classes", "name", "aux_logits"])
-def test_weights_and_classes_are_not_options(key):
-    with pytest.raises(ValueError, match=f"'kwargs' cannot have '{key}'"):
-        TorchvisionModel(name="resnet18", kwargs={key: True})
+def test_weights_and_classes_are_not_options():
+    for key in ("weights", "pretrained", "num_classes", "name", "aux_logits"):
+        with pytest.raises(ValueError, match=f"'kwargs' cannot have '{key}'"):
+            TorchvisionModel(name="resnet18", kwargs={key: True})
 
 
 @pytest.mark.parametrize(

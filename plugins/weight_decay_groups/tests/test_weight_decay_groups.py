@@ -35,7 +35,7 @@ class Wrapper(torch.optim.Optimizer):
 
 
 def made_by(make):
-    return watch(optimizer=lambda params: make(params))
+    return watch(optimizer=lambda run, params: make(params))
 
 
 def plugins(make=OPTIMIZERS["sgd"], skip=()):
@@ -117,11 +117,11 @@ def test_each_group_is_split_and_one_without_decay_is_left_alone():
 
 @pytest.mark.parametrize("first", ["slow", "weight_decay_groups"])
 def test_it_may_be_listed_on_either_side_of_a_wrapper(first):
-    listed = {**plugins(), "slow": watch(transform_optimizer=lambda optimizer: Wrapper(optimizer))}
+    listed = {**plugins(), "slow": watch(transform_optimizer=lambda run, optimizer: Wrapper(optimizer))}
     order = sorted(listed, key=lambda name: (name != "optimizer", name != first))
     run = run_steps({name: listed[name] for name in order}, steps=5)
     assert groups(run) == [(MATRICES, 0.3), (VECTORS, 0.0)]
-    other = run_steps({**plugins(), "slow": watch(transform_optimizer=lambda optimizer: Wrapper(optimizer))}, steps=5)
+    other = run_steps({**plugins(), "slow": listed["slow"]}, steps=5)
     assert all(map(torch.equal, parameters_of(run), parameters_of(other)))
 
 
