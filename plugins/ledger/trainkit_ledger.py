@@ -106,8 +106,8 @@ class Ledger:
     @hookimpl
     def safe_point(self, run: Run) -> None:
         """Make an entry after every so many steps, and after every epoch."""
-        ends = run.is_stopping() and run.exit_code == 0  # for good
-        due = run.epoch_ended or run.step % self._interval == 0 or ends
+        ended = run.ended is not None  # for good
+        due = run.epoch_ended or run.step % self._interval == 0 or ended
         if due and self._last[:2] != (run.step, run.epoch_ended):
             self._add(run)
 
