@@ -89,7 +89,10 @@ def test_an_epoch_that_is_the_best_is_saved_whatever_the_intervals(tmp_path):
 
 
 def test_a_run_that_goes_on_knows_the_best_so_far(tmp_path):
-    scores, stop = reports(test_accuracy=[70.0, 60.0, 65.0]), watch(epoch_end=lambda run: run.stop("enough", exit_code=143))
+    scores, stop = (
+        reports(test_accuracy=[70.0, 60.0, 65.0]),
+        watch(epoch_end=lambda run: run.stop("enough", exit_code=143)),
+    )
     first = build_run({"checkpoint": Checkpoint(), "scores": scores, "stop": stop}, epochs=3)
     fit(first, tmp_path)
     rest = build_run({"checkpoint": Checkpoint(), "scores": scores}, epochs=3)
