@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import tomllib
 
 import pytest
@@ -35,6 +36,48 @@ plugins:
   alert_file: {name: alerts/accuracy.txt}
 """
 BESIDE = [PLUGINS[n] for n in ("random_horizontal_flip", "resnet", "cross_entropy", "sgd", "metrics", "metric_log")]
+TOGETHER = """\
+name: together
+epochs: 3
+batch_size: 64
+device: cpu
+plugins:
+  digits:
+  folds: {fold: 1, folds: 4}
+  sampler: {fraction: 0.4, warmup: 1}
+  random_crop: {size: 8, padding: 1}
+  normalize: {mean: [0.305], std: [0.376]}
+  acme_mixup:
+  resnet: {stem: 4, blocks: [1], channels: [4], dropout: 0.1}
+  finetune: {head: [fc], epochs: 1, weights: teacher.pt}
+  cross_entropy:
+  distill: {teacher: teacher.pt}
+  accumulate: {batches: 2}
+  sgd: {lr: 0.1, momentum: 0.9}
+  swa: {start: 2}
+  metrics:
+  metric_log:
+  checkpoint:
+"""
+RESUMED = """\
+import json, shutil, torch, trainkit
+
+teacher = ["plugins.distill=false", "plugins.finetune=false", "plugins.swa=false", "seed=3", "epochs=1"]
+trainkit.fit(trainkit.build(trainkit.load_recipe("together.yaml", teacher)), "teacher")
+shutil.copy("teacher/checkpoints/last.pt", "teacher.pt")
+straight = trainkit.fit(trainkit.build(trainkit.load_recipe("together.yaml")), "straight")
+cut = trainkit.load_recipe("together.yaml", {"plugins.stop.after": 1})
+results = [trainkit.fit(trainkit.build(cut), "cut")]
+while results[-1].status != "completed":
+    results.append(trainkit.resume("cut"))
+states = [torch.load(f"{run}/checkpoints/last.pt", weights_only=True) for run in ("straight", "cut")]
+same = [
+    torch.equal(a, b)
+    for part in (lambda state: state["model"], lambda state: state["plugins"]["swa"]["state"]["average"])
+    for a, b in zip(*(part(state).values() for state in states), strict=True)
+]
+print(json.dumps([[result.status for result in results], same, straight.final, results[-1].final]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +157,31 @@ def test_a_recipe_names_where_its_packages_come_from(tmp_path):
     assert done.returncode == 2
     line = "pip install acme-trainkit-stripes trainkit-acme-mixup 'acme-trainkit-sam>=1.2'"
     assert f"; install with: {line}; " in done.stderr
+
+
+@pytest.fixture(scope="module")
+def together():
+    """The environment of the recipe in which what seldom meets is together."""
+    beside = ("accumulate", "autocast", "checkpoint", "digits", "normalize", "random_crop")
+    return environment(ROOT, *BESIDE, *(PLUGINS[n] for n in beside), *THIRD_PARTY.values())
+
+
+@pytest.mark.slow
+def test_a_run_of_them_that_stops_at_every_safe_point_ends_the_same(together, tmp_path):
+    (tmp_path / "together.yaml").write_text(TOGETHER)
+    statuses, same, straight, cut = together.evaluate(RESUMED, cwd=tmp_path)
+    assert statuses == ["stopped"] * 14 + ["completed"]  # twelve steps, two epochs before the last
+    assert all(same)
+    assert cut == straight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [path.parents[1].name for path in sorted(ROOT.glob("tests/third_party/*/tests/*.py"))])
+def test_the_tests_of_a_package_pass_where_it_is_installed(together, name, tmp_path):
+    shutil.copytree(THIRD_PARTY[name] / "tests", tmp_path / "tests")
+    done = together(together.python, "-m", "pytest", "-q", tmp_path, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout
 
 
 @pytest.fixture

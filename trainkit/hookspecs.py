@@ -297,7 +297,8 @@ class Life:
     def safe_point(self, run: Run) -> None:
         """Counters, schedulers and data position agree: the only place to save or to stop.
 
-        Fired after every step, and again after every epoch's end.
+        Fired after every step, and again after every epoch's end. ``run.stop`` is called before it, in ``step_end`` or
+        ``epoch_end``: here, plugins listed earlier may have decided already not to save.
 
         Args:
             run: the run; ``run.stop_reason`` is set when it is about to stop. Saving calls ``state_dict`` of every
@@ -340,7 +341,8 @@ class Step:
             run: the run.
             batch: the batch as the network saw it.
             output: logits [N, classes].
-            loss: the mean loss of the batch, a scalar on the device; reading it with ``.item()`` stalls a GPU.
+            loss: the mean loss of the batch, a scalar on the device (an image's own is to be computed from `output` and
+                ``batch.targets``); reading it with ``.item()`` stalls a GPU.
         """
 
     @hookspec("chain")
@@ -399,8 +401,11 @@ class Evaluation:
     def eval_model(self, run: Run) -> nn.Module | None:
         """Choose the network that is evaluated, before each evaluation; the default is the trained one.
 
+        An average of an epoch must be made before, in ``step_end``: ``epoch_end`` follows the evaluation. Where
+        the test split is evaluated once, at the end, that is on the best epoch's state: weights, and plugins' states.
+
         Args:
-            run: the run.
+            run: the run; in that last evaluation ``run.epoch`` is the number of epochs that the state has seen.
 
         Returns:
             A module to call in place of the trained one, or None for that one.

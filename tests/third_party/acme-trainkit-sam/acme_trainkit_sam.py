@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import torch
 from attrs import field
 from attrs.validators import gt
@@ -13,6 +15,8 @@ class SAM:
     Args:
         rho: radius of the neighbourhood, in the Euclidean norm over all parameters.
     """
+
+    conflicts: ClassVar = ("accumulate",)  # the second gradient is that of the step's last batch alone
 
     rho: float = field(default=0.05, validator=gt(0))
 

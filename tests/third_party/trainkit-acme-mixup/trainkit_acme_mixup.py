@@ -29,4 +29,5 @@ class AcmeMixup:
         return Batch(
             batch.images[other].lerp(batch.images, ratio.view(-1, 1, 1, 1)),
             targets[other].lerp(targets, ratio.view(-1, 1)),
+            batch.indices,
         )
