@@ -337,7 +337,7 @@ def reopen(
     run = build(recipe, console=console)
     if notice:
         _say(run, notice)
-    kept = provenance.of_contents(state["provenance"].get("replaced", ()))
+    kept = provenance.of_contents(provenance.of_state(state).get("replaced", ()))
     run.built = attrs.evolve(run.built, already=kept)
     differences = provenance.compare_state(state, run)
     changes = [str(difference) for difference in differences if difference.effect == "numbers"]
