@@ -386,9 +386,8 @@ def test_a_checkpoint_without_a_key_is_one_paragraph(folders, capsys):
     for key in ("provenance", "model", "position", "schedules", "plugins", "cost"):
         run_dir.write("checkpoints/last.pt", pack_state({name: value for name, value in whole.items() if name != key}))
         for arguments in (["evaluate", "run", "--checkpoint", "last"], ["resume", "run", "epochs=2"]):
-            assert main(arguments) == 2
-            said = capsys.readouterr().err
-            assert said.count("\n") == 1
+            code, said = main(arguments), capsys.readouterr().err
+            assert (code, said.count("\n")) == (2, 1), said
             assert f"'{key}'" in said
 
 

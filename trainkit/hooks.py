@@ -207,9 +207,7 @@ class Hooks:
         """
         try:
             yield
-        except BaseException as error:
-            if type(error) is KeyboardInterrupt:  # the user's, and no class of a plugin's own
-                raise
+        except (Exception, SystemExit) as error:
             if named := self.explain(error, kind):
                 raise named from error
             raise
@@ -252,7 +250,7 @@ def load_plugins(recipe: Recipe, wrap_call: CallWrapper | None = None) -> Hooks:
         except TrainkitError:
             raise
         except BaseException as error:
-            if type(error) is KeyboardInterrupt:
+            if type(error) is KeyboardInterrupt:  # the user's, and no class of a plugin's own
                 raise
             said = " ".join(f"{type(error).__name__}: {error}".split())
             raise PluginError(f"{LoadedPlugin(name, None, found)} failed in its construction: {said}") from error

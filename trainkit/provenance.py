@@ -58,6 +58,7 @@ __all__ = [
     "from_files",
     "machine",
     "material",
+    "of_state",
     "read",
     "record",
     "state_digest",
@@ -687,6 +688,18 @@ class Difference:
         return f"{self.key} was {before} and is {after}"
 
 
+def of_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what is recorded in a checkpoint.
+
+    Raises:
+        CheckpointError: it holds no record.
+    """
+    recorded = state.get("provenance")
+    if not isinstance(recorded, Mapping):
+        raise CheckpointError("the checkpoint does not fit the recipe: it lacks 'provenance', what its run depended on")
+    return recorded
+
+
 def compare_state(state: Mapping[str, Any], run: Run) -> list[Difference]:
     """Return the differences between what a checkpoint's run depended on, and what this one does.
 
@@ -695,9 +708,9 @@ def compare_state(state: Mapping[str, Any], run: Run) -> list[Difference]:
     """
     now = record(run)
     try:
-        return compare(state["provenance"], now)
+        return compare(of_state(state), now)
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"the checkpoint holds no record of what its run depended on: {error!r}") from error
+        raise CheckpointError(f"the checkpoint's record of its run cannot be understood: {error!r}") from error
 
 
 def compare(*records: Mapping[str, Any]) -> list[Difference]:

@@ -189,6 +189,8 @@ def _fit(run: Run, run_dir: RunDir, trainer: Trainer) -> Result:
                 _test(run, trainer)
                 run.flush_log()
             run.failed = False
+            if run.finished and _is_complete(run):  # a stop that came too late changes nothing
+                run.stop_reason, run.exit_code = None, 0
         except BaseException as caught:
             error = caught
             with suppress(Exception):  # what was seen before the failure; a lost device cannot tell
@@ -337,7 +339,7 @@ def reopen(
     run = build(recipe, console=console)
     if notice:
         _say(run, notice)
-    kept = provenance.of_contents(state.get("provenance", {}).get("replaced", ()))
+    kept = provenance.of_contents(provenance.of_state(state).get("replaced", ()))
     run.built = attrs.evolve(run.built, already=kept)
     differences = provenance.compare_state(state, run)
     changes = [str(difference) for difference in differences if difference.effect == "numbers"]
@@ -416,13 +418,20 @@ def _fit_end(run: Run, error: BaseException | None) -> BaseException | None:
     return error
 
 
+def _is_complete(run: Run) -> bool:
+    """Tell whether all is trained that this session was to train, and the test split evaluated where it is due."""
+    tested = run.data.validation is None or bool(run.tested) or not run.finished
+    stopped = run.is_stopping() and not run.finished
+    return tested and run.ended is None and not stopped
+
+
 def _result(run: Run, error: BaseException | None) -> Result:
     reason = f"{type(error).__name__}: {error}" if error is not None else run.stop_reason or run.ended
     if reason is None and run.history and run.history[-1]["epoch"] in run.non_finite:
         reason = f"weights or metrics are not finite since epoch {run.non_finite[0]:g}"
     last = run.history[-1] if run.history else {}
     return Result(
-        status="failed" if error is not None else "stopped" if run.is_stopping() or run.ended else "completed",
+        status="failed" if error is not None else "completed" if _is_complete(run) else "stopped",
         reason=reason,
         epochs=run.epoch,
         steps=run.step,

@@ -57,22 +57,19 @@ class Trainer:
     def train(self) -> None:
         """Train from the run's position to its end, or to a safe point at which it was asked to stop."""
         run, fire = self.run, self.fire
-        if run.is_stopping():
-            fire.safe_point(run)
-        while not (run.finished or run.is_stopping() or self.trial_over):
+        stopped = run.is_stopping() and self.safe_point()
+        while not (run.finished or stopped or self.trial_over):
             if run.batch_index == 0:
                 fire.epoch_start(run)
             with run.clock("train"):
-                self.train_epoch()
-            if run.is_stopping():
+                stopped = self.train_epoch()
+            if stopped:
                 return
             metrics = self.metrics("train")
             if self.evaluation_is_due:
                 metrics |= self.evaluate(run.selection_split)
-            if run.is_stopping():  # resuming repeats the evaluation
-                fire.safe_point(run)
-                return
-            self.end_epoch(metrics)
+            # When it stops here, resuming repeats the evaluation.
+            stopped = self.safe_point() if run.is_stopping() else self.end_epoch(metrics)
 
     @property
     def trial_over(self) -> bool:
@@ -87,20 +84,35 @@ class Trainer:
         is_last = done == run.epochs or run.at_max_steps or self.trial_over
         return is_last or done % run.recipe.eval_every == 0
 
-    def train_epoch(self) -> None:
-        """Take the steps that are left of this epoch."""
+    def safe_point(self) -> bool:
+        """Let plugins save, and return whether the run stops here.
+
+        A stop that is asked for meanwhile, by a plugin or a signal, is told to those who have already been called.
+        """
+        run = self.run
+        stopping = run.is_stopping()
+        self.fire.safe_point(run)
+        if run.is_stopping() and not stopping:
+            stopping = True
+            self.fire.safe_point(run)
+        return stopping
+
+    def train_epoch(self) -> bool:
+        """Take the steps that are left of this epoch, and return whether the run stops within it."""
         run, fire = self.run, self.fire
         run.split = "train"
         run.forward.train()
         fire.train_start(run)
         if run.at_max_steps:  # resumed to repeat an evaluation
-            return
+            return False
         for batch in run.batches["train"].iterate(epoch_order(run), run.batch_index, run.epoch):
             if not self.train_step(batch):
                 continue
-            fire.safe_point(run)
-            if run.is_stopping() or run.at_max_steps or self.trial_over:
+            if self.safe_point():
+                return True
+            if run.at_max_steps or self.trial_over:
                 break
+        return False
 
     def train_step(self, batch: Batch) -> bool:
         """Train on one batch; returns False while gradients are still being accumulated."""
@@ -162,8 +174,12 @@ class Trainer:
                 run.metric_info[key] = MetricInfo(metric.better, metric.progress)
         return found
 
-    def end_epoch(self, metrics: dict[str, Metric]) -> None:
-        """Complete the epoch: metrics to the host in one copy, hooks, schedulers, counters, safe point."""
+    def end_epoch(self, metrics: dict[str, Metric]) -> bool:
+        """Complete the epoch: metrics to the host in one copy, hooks, schedulers, counters.
+
+        Returns:
+            Whether the run stops at the safe point that follows.
+        """
         run, fire = self.run, self.fire
         run.flush_log()
         complete = run.batch_index == run.batches_per_epoch  # else max_steps cuts it short
@@ -184,7 +200,7 @@ class Trainer:
                 self.step_epoch_schedule(schedule, record)
             run.epoch += 1
             run.batch_index = 0
-        fire.safe_point(run)
+        return self.safe_point()
 
     def record(self, epoch: float, metrics: dict[str, Metric]) -> dict[str, float]:
         """Return a record of metrics at the current step, as numbers, after one copy from the device."""

@@ -417,7 +417,7 @@ def test_a_changed_recipe_would_not_resume_exactly(run, check):
     code, verdicts, found = check()
     assert code == 1
     assert set(verdicts.values()) == {"whole"}
-    changes = "batch_size was 4 and is 2; test_batch_size was 4 and is 2; plugins.sgd.lr was 0.1 and is 0.2"
+    changes = "batch_size was 4 and is 2; plugins.sgd.lr was 0.1 and is 0.2"
     assert found["answer"] == f"would not: {changes}"
 
 
