@@ -583,9 +583,9 @@ def _feed(made: Any, value: Any) -> None:
     import torch
 
     if isinstance(value, torch.Tensor):
-        tensor = value.detach().cpu().contiguous()
-        made.update(f"tensor {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        if tensor.numel():
+        made.update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
+        if value.numel() and not value.is_meta:  # the meta device holds no data
+            tensor = value.detach().cpu().contiguous()
             made.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     elif isinstance(value, Mapping):
         made.update(f"mapping {len(value)} ".encode())
