@@ -1,12 +1,16 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: one thread each, set before torch is loaded
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+_cache = tempfile.TemporaryDirectory(prefix="trainkit-tests-cache-")  # removed when the interpreter ends
+os.environ["XDG_CACHE_HOME"] = _cache.name  # what runs keep of data is not the user's here
 
 ROOT = Path(__file__).parents[1]
 

@@ -31,23 +31,26 @@ __all__ = ["build", "build_with", "check_optimizer"]
 _GENERATOR = threading.Lock()
 
 
-def build(recipe: Recipe, *, console: Console | None = None, wrap_call: CallWrapper | None = None) -> Run:
+def build(
+    recipe: Recipe, *, console: Console | None = None, wrap_call: CallWrapper | None = None, dry: bool = False
+) -> Run:
     """Build all that a recipe describes, ready for :func:`trainkit.fit`. Nothing is written.
 
     Args:
         recipe: from :func:`trainkit.load_recipe`.
         console: where plugins print for people; by default the standard output.
         wrap_call: wraps every hook call, for profiling and tracing.
+        dry: whether the run is only tried, so that nothing may be fetched.
 
     Raises:
         TrainkitError: the recipe, a plugin or the data are wrong.
     """
-    return build_with(recipe, load_plugins(recipe, wrap_call), console)
+    return build_with(recipe, load_plugins(recipe, wrap_call), console, dry=dry)
 
 
-def build_with(recipe: Recipe, hooks: Hooks, console: Console | None = None) -> Run:
+def build_with(recipe: Recipe, hooks: Hooks, console: Console | None = None, *, dry: bool = False) -> Run:
     """Build a run from plugins that are already loaded, wherever they came from."""
-    run = Run(recipe=recipe, hooks=hooks, device=_device(recipe), console=console)
+    run = Run(recipe=recipe, hooks=hooks, device=_device(recipe), console=console, dry=dry)
     with hooks.blaming(PluginError):
         _build_data(run)
         _build_model(run)

@@ -95,6 +95,7 @@ class Run:
     recipe: Recipe
     hooks: Hooks
     device: torch.device
+    dry: bool = False  #: whether the run is only tried: nothing may be fetched or changed outside of its directory
     dir: RunDir | None = None  #: where this run writes; exists from ``fit_start`` on
 
     data: Data = field(init=False)

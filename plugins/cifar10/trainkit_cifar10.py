@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, utils  # type: ignore[import-untyped]
 
 import trainkit
-from trainkit import Data, TensorSplit
+from trainkit import Data, Run, TensorSplit
 from trainkit.cache import Key, cache_path, file_key, save, settled
 from trainkit.errors import DataError
 from trainkit.images import entries, read_image
@@ -56,8 +56,8 @@ class Cifar10:
     download: bool = False
 
     @hookimpl
-    def data(self) -> Data:
-        """Return both splits.
+    def data(self, run: Run) -> Data:
+        """Return both splits; in a dry run nothing is fetched.
 
         Raises:
             DataError: nothing is there, something is missing, damaged or of the wrong size, or cannot be fetched.
@@ -65,7 +65,7 @@ class Cifar10:
         published = (self.root / CIFAR10.base_folder).exists() or (self.root / CIFAR10.filename).exists()
         folders = (self.root / "train").is_dir() or (self.root / "test").is_dir()
         if published or (self.download and not folders):
-            train, test = _from_published(self.root, self.download)
+            train, test = _from_published(self.root, self.download, dry=run.dry)
         elif folders:
             train, test = _from_folders(self.root)
         else:
@@ -77,11 +77,16 @@ class Cifar10:
         return Data(train=train, test=test, classes=CLASSES, shape=(3, 32, 32))
 
 
-def _from_published(root: Path, download: bool) -> list[TensorSplit]:
+def _from_published(root: Path, download: bool, *, dry: bool = False) -> list[TensorSplit]:
     """Return the training and the test split of the published files."""
     archive = root / CIFAR10.filename
     damaged = _damaged(root)
     if damaged and (download or utils.check_integrity(archive, CIFAR10.tgz_md5)):
+        if dry:
+            raise DataError(
+                f"{damaged[0]}: missing, or not the published file, and a dry run fetches and unpacks nothing; put the "
+                f"published files into {root}, or run the recipe"
+            )
         _fetch_and_unpack(root)
         damaged = _damaged(root)
     if damaged:

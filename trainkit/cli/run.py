@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     console = terminal(stderr=args.json)
     recipe = load_recipe(args.recipe, overrides)
     refuse_meta(recipe)
-    built = build(recipe, console=console, wrap_call=_call_wrapper(args, profile, console))
+    built = build(recipe, console=console, wrap_call=_call_wrapper(args, profile, console), dry=args.dry_run)
     for line in (*_missing_parts(built), *_since_recorded(built)):
         console.print(printable(line), **PLAIN)
     if args.dry_run:
