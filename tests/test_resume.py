@@ -71,7 +71,6 @@ def test_a_signal_saves_and_prints_the_command_that_continues(small, number, cod
     assert (result["status"], result["reason"]) == ("stopped", number.name)
 
 
-@pytest.mark.slow
 def time_of(path):
     """Return when a file was changed, or 0 while there is none: last.pt is gone for a moment as it is replaced."""
     try:
@@ -80,6 +79,7 @@ def time_of(path):
         return 0
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_random_moments_a_run_reaches_the_identical_end(small):
     arguments = [str(small), "epochs=40", *EVERY]  # 240 steps: room for all twenty in one and the same run
     assert main(["run", *arguments, "--run-dir", "whole"]) == 0
