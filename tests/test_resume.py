@@ -59,7 +59,7 @@ def wait_for(path, seconds=60):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_prints_the_command_that_continues(small, number, code):
     with start("run", small, "--run-dir", "out", "epochs=500") as process:
         wait_for(small.parent / "out" / "checkpoints" / "last.pt")
