@@ -176,8 +176,12 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def result_facts(run: StoredRun) -> dict[str, Any]:
-    """Return a run's result by dotted key; what is expected of a metric stands beside what was reached."""
-    facts = flat({"run": str(run.folder), **run.result})
+    """Return a run's result by dotted key; what is expected of a metric stands beside what was reached.
+
+    Evidence is left out: hashes, which ``trainkit verify`` checks, and which always differ between runs.
+    """
+    result = {name: value for name, value in run.result.items() if name != "evidence"}
+    facts = flat({"run": str(run.folder), **result})
     by_metric: dict[str, list[str]] = {}
     for key in facts:
         part, _, metric = key.partition(".")
