@@ -273,3 +273,16 @@ def test_a_strangers_checkpoint_runs_nothing(small, capsys):
     assert main(["evaluate", "out"]) == 2
     assert "refused" in capsys.readouterr().err
     assert not (small.parent / "owned").exists()
+
+
+def test_a_completed_run_says_so_whatever_has_changed_since(small, capsys, monkeypatch):
+    out = small.parent / "out"
+    assert main(["run", str(small), "--run-dir", "out"]) == 0
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")  # what the record holds of this machine is another one now
+    capsys.readouterr()
+    assert main(["resume", "out"]) == 0
+    assert "nothing is left to train: 2 epochs and 12 steps are completed" in capsys.readouterr().out
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
+    assert main(["resume", "out", "epochs=3"]) == 2
+    assert "environment.variables.ONEDNN_MAX_CPU_ISA was" in capsys.readouterr().err

@@ -342,6 +342,9 @@ def reopen(
     kept = provenance.of_contents(provenance.of_state(state).get("replaced", ()))
     run.built = attrs.evolve(run.built, already=kept)
     differences = provenance.compare_state(state, run)
+    recorded = _recorded_result(directory)
+    if not overrides and recorded is not None and recorded.status == "completed":
+        differences = []  # nothing is left to train, so nothing can change a number
     changes = [str(difference) for difference in differences if difference.effect == "numbers"]
     length = [str(difference) for difference in differences if difference.effect == "length"]
     if changes and not allow_changes:
