@@ -355,3 +355,31 @@ except Exception as error:
 def test_a_process_whose_workers_are_still_at_work_ends():
     done = subprocess.run([sys.executable, "-c", EXITS], capture_output=True, text=True, timeout=40, check=False)
     assert (done.returncode, done.stdout) == (0, "DataError\n"), done.stderr
+
+
+def test_looking_at_the_kind_of_targets_moves_no_generator():
+    class Draws:
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return torch.randint(0, 256, (3, 2, 2)).to(torch.uint8), torch.rand(3)
+
+    data = Data(train=Draws(), test=Draws(), classes=("a", "b", "c"), shape=(3, 2, 2))
+    before = torch.get_rng_state()
+    assert not data.has_class_targets
+    assert torch.equal(data.first_target, data.first_target)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_kind_of_targets_is_told_without_decoding():
+    class Lazy:
+        targets = (0, 1)
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            raise AssertionError("decoded")
+
+    assert Data(train=Lazy(), test=Lazy(), classes=("a", "b"), shape=(3, 2, 2)).has_class_targets

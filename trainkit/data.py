@@ -207,9 +207,19 @@ class Data:
     @property
     def has_class_targets(self) -> bool:
         """Whether the targets of the training split are classes: whole numbers, counted from 0."""
-        if isinstance(self.train, TensorSplit):
-            return is_class(self.train.targets[0])
-        return is_class(self.train[0][1])
+        return is_class(self.first_target)
+
+    @property
+    def first_target(self) -> Any:
+        """The target of the first training image, of whose kind all are.
+
+        A split that has ``targets`` is asked for that; else the image is decoded, and no global generator is moved.
+        """
+        known = getattr(self.train, "targets", None)
+        if known is not None and len(known) == len(self.train):
+            return known[0]
+        with _seeded(0):
+            return self.train[0][1]
 
     def replace(self, **changes: Any) -> Data:
         """Return this data set with some of its splits, or other attributes, replaced.

@@ -36,7 +36,7 @@ class CrossEntropy:
         Raises:
             RecipeError: the data's targets are neither.
         """
-        target = run.data.train[0][1]
+        target = run.data.first_target
         if self.targets == "classes" and not run.data.has_class_targets:
             raise RecipeError(
                 f"cross-entropy takes classes, and the data's targets are {describe(target)}; list "

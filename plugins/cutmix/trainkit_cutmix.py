@@ -45,7 +45,7 @@ class CutMix:
         """
         if not run.data.has_class_targets:
             raise RecipeError(
-                f"it mixes classes, and the data's targets are {describe(run.data.train[0][1])}; drop it, or list a "
+                f"it mixes classes, and the data's targets are {describe(run.data.first_target)}; drop it, or list a "
                 "plugin that mixes such targets"
             )
 

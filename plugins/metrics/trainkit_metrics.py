@@ -63,7 +63,7 @@ class Metrics:
             RecipeError: they are no classes, and the accuracy is wanted.
         """
         if self.accuracy and not run.data.has_class_targets:
-            target = run.data.train[0][1]
+            target = run.data.first_target
             raise RecipeError(
                 f"the accuracy is that of classes, and the data's targets are {describe(target)}; set "
                 "plugins.metrics.accuracy=false to report the loss alone, and list a plugin that measures such targets"

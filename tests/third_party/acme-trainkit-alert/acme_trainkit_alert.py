@@ -41,8 +41,8 @@ class Alert:
         if self._passed or metrics[self.metric] <= self.above:
             return
         self._passed = True
-        if (alert := run.hooks.notify("alert")) is not None:
-            alert(run, f"{self.metric} passed {self.above:g} in epoch {run.epoch + 1}")
+        alert = run.hooks.notify("alert")
+        alert(run, f"{self.metric} passed {self.above:g} in epoch {run.epoch + 1}")
 
     def state_dict(self) -> dict[str, bool]:
         """Return whether the value was passed."""
