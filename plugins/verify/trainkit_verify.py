@@ -1,4 +1,4 @@
-"""Check a run: its files, its record, replays of parts of it, and its final evaluation."""
+"""Check a run by replaying parts of it, or seal what others need to check it."""
 
 from __future__ import annotations
 
