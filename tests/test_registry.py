@@ -297,7 +297,7 @@ def test_no_entry_point_takes_the_place_of_what_trainkit_has(site, capsys, name,
     distribution(site, "acme-evil", group="trainkit.commands", entries=f"{name} = acme_evil_module:RUN")
     (site / "acme_evil_module.py").write_text("raise SystemExit('imported')\n")
     first, dot, second = name.partition(".")
-    assert main([first, second] if dot and "/" in second else ["plugins", "list"]) in (0, 2)
+    assert main([first, second, "--dry-run"] if dot and "/" in second else ["plugins", "list"]) in (0, 2)
     assert main([first, second, "x"] if second == "runs" else ["recipes", "show", "nothing.yaml"]) == 2
     said = capsys.readouterr().err
     assert said.count(f"warning: the command {name!r} of acme-evil 1.0 is passed over: {reason}") == 1

@@ -176,12 +176,14 @@ def test_a_run_of_them_that_stops_at_every_safe_point_ends_the_same(together, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [path.parents[1].name for path in sorted(ROOT.glob("tests/third_party/*/tests/*.py"))])
-def test_the_tests_of_a_package_pass_where_it_is_installed(together, name, tmp_path):
-    shutil.copytree(THIRD_PARTY[name] / "tests", tmp_path / "tests")
-    done = together(together.python, "-m", "pytest", "-q", tmp_path, cwd=tmp_path, OMP_NUM_THREADS="1")
+def test_the_tests_of_the_packages_pass_where_they_are_installed(together, tmp_path):
+    names = [path.parents[1].name for path in sorted(ROOT.glob("tests/third_party/*/tests/*.py"))]
+    for name in names:
+        shutil.copytree(THIRD_PARTY[name] / "tests", tmp_path / name)
+    done = together(together.python, "-m", "pytest", "-v", tmp_path, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout
-    assert "skipped" not in done.stdout
+    assert "SKIPPED" not in done.stdout
+    assert [name for name in names if f"{name}/" not in done.stdout] == []
 
 
 @pytest.fixture

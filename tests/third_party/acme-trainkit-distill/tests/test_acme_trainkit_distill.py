@@ -137,4 +137,4 @@ def test_a_run_records_its_teacher_and_does_not_go_on_with_another(tmp_path, mon
     (copied,) = (path for path in (tmp_path / "run").rglob("*teacher*"))
     copied.write_bytes((tmp_path / "run/checkpoints/last.pt").read_bytes())
     with pytest.raises(TrainkitError, match="teacher"):
-        trainkit.resume(tmp_path / "run")
+        trainkit.resume(tmp_path / "run", ["max_steps=9"])
