@@ -7,8 +7,8 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -16,10 +16,12 @@ import torch
 from trainkit.cli import main
 from trainkit.rundir import RunDir, pack_state
 
-EVERY = ["plugins.checkpoint.every_steps=1", "plugins.figures.every=0"]
+from .processes import Process
+
+EVERY = ["plugins.checkpoint.every_steps=1"]
 # A schedule that is made for more epochs than a run has at first, so that the run may become longer.
 LONG = "plugins.cosine_annealing_lr.t_max=9"
-FILES = ["metrics.jsonl", "metrics.csv", "figures/loss.png", "figures/accuracy.svg"]
+FILES = ["metrics.jsonl", "metrics.csv"]
 
 
 @pytest.fixture
@@ -46,11 +48,6 @@ def plain(value):
     return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def start(*arguments, **options):
-    command = [sys.executable, "-m", "trainkit", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
-
-
 def wait_for(path, seconds=60):
     deadline = time.monotonic() + seconds
     while not path.exists():
@@ -61,10 +58,10 @@ def wait_for(path, seconds=60):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_prints_the_command_that_continues(small, number, code):
-    with start("run", small, "--run-dir", "out", "epochs=500") as process:
+    with Process("run", small, "--run-dir", "out", "epochs=500") as process:
         wait_for(small.parent / "out" / "checkpoints" / "last.pt")
         process.send_signal(number)
-        printed = process.communicate(timeout=60)[0]
+        printed = process.wait()
     assert process.returncode == code
     assert "trainkit resume out" in printed
     result = json.loads((small.parent / "out" / "result.json").read_text())
@@ -80,27 +77,27 @@ def time_of(path):
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments_a_run_reaches_the_identical_end(small):
-    arguments = [str(small), "epochs=40", *EVERY]  # 240 steps: room for all twenty in one and the same run
+def test_killed_at_a_dozen_random_moments_a_run_reaches_the_identical_end(small):
+    arguments = [str(small), "epochs=20", *EVERY]  # 120 steps: room for all in one and the same run
     assert main(["run", *arguments, "--run-dir", "whole"]) == 0
     chance = random.Random(0)
     out = small.parent / "out"
     saved = out / "checkpoints" / "last.pt"
     command = ["run", *arguments, "--run-dir", "out"]
     positions = []
-    for _ in range(20):
+    for _ in range(12):
         before = time_of(saved)
-        with start(*command) as process:
+        with Process(*command) as process:
             while process.poll() is None and time_of(saved) in (0, before):
                 time.sleep(0.001)
             time.sleep(chance.random() * 0.03)  # inside a step, or while a file is being written
             process.kill()
-            printed = process.communicate()[0]
+            printed = process.wait()
         assert process.returncode == -signal.SIGKILL, printed
         positions.append(RunDir(out).load_latest()[0]["position"]["step"])
         command = ["resume", "out"]
     assert positions == sorted(positions)
-    assert len(set(positions)) > 15, positions
+    assert len(set(positions)) > 9, positions
     assert main(command) == 0
     assert_same_end(out, small.parent / "whole")
 
@@ -128,7 +125,7 @@ def test_both_damaged_is_one_error(small, capsys):
 
 @pytest.mark.slow
 def test_a_moved_run_continues(small, whole):
-    with start("run", small, "--run-dir", "out", *EVERY) as process:
+    with Process("run", small, "--run-dir", "out", *EVERY) as process:
         wait_for(small.parent / "out" / "checkpoints" / "last.pt")
         process.kill()
     shutil.move(small.parent / "out", small.parent / "elsewhere")
@@ -199,18 +196,20 @@ def test_more_epochs_extend_a_finished_run(small):
     assert [r["epoch"] for r in rows if "test_loss" in r] == [1, 2, 3, 4]
 
 
+def limit_files(size):
+    """Let this process write no file of more bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before_it(small, capsys):
     assert main(["run", str(small), "--run-dir", "out", "epochs=1", LONG]) == 0
     size = (small.parent / "out" / "checkpoints" / "last.pt").stat().st_size
     before = (small.parent / "out" / "checkpoints" / "last.pt").read_bytes()
 
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-
-    with start("resume", "out", "epochs=2", preexec_fn=limit) as process:
-        printed = process.communicate(timeout=60)[0]
+    with Process("resume", "out", "epochs=2", before=partial(limit_files, size // 2)) as process:
+        printed = process.wait()
     assert process.returncode == 1
     assert "File too large" in printed
     assert (small.parent / "out" / "checkpoints" / "last.pt").read_bytes() == before
@@ -252,10 +251,10 @@ def test_a_disk_that_fills_up_stops_the_run_and_loses_nothing(small, disk, capsy
 
 @pytest.mark.slow
 def test_a_second_process_on_one_directory_is_refused(small):
-    with start("run", small, "--run-dir", "out", "epochs=1000") as process:
+    with Process("run", small, "--run-dir", "out", "epochs=1000") as process:
         wait_for(small.parent / "out" / "checkpoints" / "last.pt")
-        with start("resume", "out") as second:
-            printed = second.communicate(timeout=60)[0]
+        with Process("resume", "out") as second:
+            printed = second.wait()
         process.kill()
     assert second.returncode == 2
     assert "another process" in printed

@@ -407,6 +407,8 @@ class Run:
                     values[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
             schedule.scheduler.load_state_dict(saved)
+            if position["step"]:  # torch (2.0 to 2.15) would warn that the optimizer has not stepped in this process
+                schedule.scheduler.optimizer._opt_called = True  # type: ignore[attr-defined]
         with self.hooks.blaming(CheckpointError):
             for name, saved in state["plugins"].items():
                 if name in self.hooks.plugins:

@@ -93,7 +93,11 @@ def test_it_trains(dtype, decoded):
 
 
 def test_under_autocast_it_is_computed_in_float32():
-    plugins = {"data": Labels(), "autocast": Autocast(), "loss": BinaryCrossEntropyWithLogits(pos_weight=2)}
+    plugins = {
+        "data": Labels(),
+        "autocast": Autocast(dtype="bfloat16"),
+        "loss": BinaryCrossEntropyWithLogits(pos_weight=2),
+    }
     run = build_run(plugins)
     batch = run.prepare(next(run.batches["train"].iterate()))
     output, loss = run.compute_loss(batch)
