@@ -97,7 +97,7 @@ class Images:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [path.stem for path in sorted(RECIPES.glob("[!_]*.yaml"))])
+@pytest.mark.parametrize("name", ["basic_se", "dense_shared", "quickstart"])  # the others list the same plugins
 def test_a_recipe_reads_the_device_only_with_its_records(name, train):
     overrides = ["device=meta", "epochs=1", "max_steps=2", "batch_size=8"]
     recipe = load_recipe(RECIPES / f"{name}.yaml", overrides)

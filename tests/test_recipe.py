@@ -402,7 +402,6 @@ def only_trainkit_errors(action):
         return None if error.exit_code == 2 and str(error) else pytest.fail("an error without a message")
 
 
-@settings(max_examples=1000)
 @given(st.dictionaries(keys | texts, trees, max_size=6))
 def test_any_tree_is_a_recipe_or_one_clear_error(tmp_path_factory, tree):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
@@ -413,7 +412,6 @@ def test_any_tree_is_a_recipe_or_one_clear_error(tmp_path_factory, tree):
         assert load_recipe(path) == recipe
 
 
-@settings(max_examples=1000)
 @given(
     st.binary(max_size=200)
     | texts.map(str.encode)
@@ -426,7 +424,6 @@ def test_any_bytes_are_a_recipe_or_one_clear_error(tmp_path_factory, data):
     only_trainkit_errors(lambda: load_recipe(path))
 
 
-@settings(max_examples=1000)
 @given(st.lists(texts | st.tuples(keys | st.just("plugins.e.limit"), texts).map("=".join), max_size=3))
 def test_any_override_is_taken_or_one_clear_error(tmp_path_factory, overrides):
     path = tmp_path_factory.getbasetemp() / "base.yaml"
