@@ -25,12 +25,15 @@ HOOKS = {name for phase in hookspecs.PHASES for name in vars(phase)}
 SMALL = {"stem": 4, "blocks": [1], "channels": [4]}
 # Options for images of 8x8 pixels, where those of the README are for larger ones or name files.
 OPTIONS = {
+    "balanced_sampler": {"images": 24},
     "figures": {"every": 1},
     "freeze": {"modules": ["stages.0"], "epoch": 1},
+    "hold_out": {"count": 8, "per_class": False, "seed": 1},
     "kernel_sharing": {"within": ["stages.0"]},
     "random_crop": {"size": 8, "padding": 1},
     "random_resized_crop": {"size": 8},
     "reduce_lr_on_plateau": {"patience": 0, "threshold": 9.0, "threshold_mode": "abs"},
+    "repeated_augmentation": {"times": 3},
     "resnet": {**SMALL, "dropout": 0.1},
     "se": {"after": ["stages.*.*.bn2"], "reduction": 2},
     "torchvision_model": {"name": "shufflenet_v2_x0_5"},

@@ -180,6 +180,11 @@ def test_the_tests_of_the_packages_pass_where_they_are_installed(together, tmp_p
     names = [path.parents[1].name for path in sorted(ROOT.glob("tests/third_party/*/tests/*.py"))]
     for name in names:
         shutil.copytree(THIRD_PARTY[name] / "tests", tmp_path / name)
+    modules = [name.replace("-", "_") for name in names]
+    (tmp_path / "conftest.py").write_text(  # one interpreter that counts the imports of all
+        "from trainkit.testing import assert_light_imports\n\n\n"
+        f"def pytest_sessionstart():\n    assert_light_imports(*{modules})\n"
+    )
     done = together(together.python, "-m", "pytest", "-v", tmp_path, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout
     assert "SKIPPED" not in done.stdout

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainkit.data import TensorSplit
@@ -68,6 +68,7 @@ rows = lambda values: st.lists(st.lists(values, min_size=4, max_size=4), min_siz
 weights = st.none() | st.floats(0.1, 20) | st.lists(st.floats(0.1, 20), min_size=4, max_size=4)
 
 
+@settings(max_examples=30)
 @given(rows(st.floats(-30, 30)), rows(st.sampled_from([0, 1]) | st.floats(0, 1)), weights)
 def test_it_is_the_definition(logits, targets, pos_weight):
     given = pos_weight if isinstance(pos_weight, list) else [1.0 if pos_weight is None else pos_weight] * 4

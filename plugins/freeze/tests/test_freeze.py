@@ -12,7 +12,7 @@ from torch import nn
 from trainkit import fit
 from trainkit.errors import RecipeError
 from trainkit.plugin import hookimpl, plugin
-from trainkit.testing import assert_conforms, build_run, run_steps
+from trainkit.testing import build_run, run_steps
 from trainkit_accumulate import Accumulate
 from trainkit_adamw import AdamW
 from trainkit_ema import EMA
@@ -201,10 +201,6 @@ def test_a_shared_kernel_is_frozen_wherever_it_is_used():
 def test_beside_what_else_changes_weights(more):
     _, states = trained(6, more=more, modules=["blocks.0"])
     assert all(torch.equal(states[-1][key], states[0][key]) for key in of("blocks.0."))
-
-
-def test_it_conforms():
-    assert_conforms(Freeze, beside={"network": Network()}, modules=["blocks.0"], epoch=1)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from trainkit import hookspecs
 from trainkit.cli import main
 
 HOOKS = [name for phase in hookspecs.PHASES for name in vars(phase) if name[0] != "_"]
+OF_EACH_KIND = ["data", "transform_model", "scheduler", "step_end"]  # one, chain, list, notify
 ROOT = Path(__file__).parents[3]
 
 
@@ -49,12 +50,14 @@ def test_each_has_four_files(everything):
 
 def test_each_passes_its_own_tests_unchanged(everything):
     # one interpreter for all, and one that counts their imports
-    modules = [f"trainkit_{home.name}" for home in everything.iterdir()]
+    names = ["new_all", *(f"new_{hook}" for hook in OF_EACH_KIND)]  # half a second each
+    modules = [f"trainkit_{name}" for name in names]
     (everything.parent / "conftest.py").write_text(
         "from trainkit.testing import assert_light_imports\n\n\n"
         f"def pytest_sessionstart():\n    assert_light_imports(*{modules})\n"
     )
-    printed = run("pytest", "plugins", "-p", "no:cacheprovider", cwd=everything.parent, path=everything.iterdir())
+    folders = [f"plugins/{name}" for name in names]
+    printed = run("pytest", *folders, "-p", "no:cacheprovider", cwd=everything.parent, path=everything.iterdir())
     assert f"{3 * len(modules)} passed" in printed
 
 

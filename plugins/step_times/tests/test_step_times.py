@@ -12,7 +12,7 @@ from trainkit import fit
 from trainkit.errors import RunError
 from trainkit.plugin import hookimpl, plugin
 from trainkit.rundir import RunDir
-from trainkit.testing import assert_conforms, build_run, fake_data, parameters_of
+from trainkit.testing import build_run, fake_data, parameters_of
 from trainkit.transforms import Map
 from trainkit_accumulate import Accumulate
 from trainkit_step_times import PARTS, StepTimes
@@ -246,7 +246,3 @@ def test_it_costs_a_few_looks_at_the_clock(tmp_path):
         times.step_end()
         times.safe_point()
     assert (perf_counter() - start) / 1000 < 1e-4
-
-
-def test_it_conforms():
-    assert_conforms(StepTimes)
