@@ -375,17 +375,20 @@ def reopen(
 def _refuse_longer_schedules(run: Run, state: Mapping[str, Any]) -> None:
     """Refuse to train longer than a schedule was made for: beyond its end it would climb again, or fail.
 
+    A scheduler whose state says ``stretch: True`` takes its state to a longer run itself.
+
     Raises:
         RecipeError: a schedule's saved length (torch's ``T_max`` or ``total_steps``) is less than the run's.
     """
     for schedule, saved in zip(run.schedules, state["schedules"], strict=False):
         now = schedule.scheduler.state_dict()
         for name in ("T_max", "total_steps"):
-            if name in saved and name in now and saved[name] < now[name]:
+            if now.get("stretch") is not True and name in saved and name in now and saved[name] < now[name]:
+                stretch = ", or set its option `stretch: true`, which says how it goes on" if "stretch" in now else ""
                 raise RecipeError(
                     f"{run.recipe.where}: {run.hooks.named('scheduler')}: the schedule was made for {saved[name]} "
                     f"{schedule.unit}s and the run would last {now[name]}; a learning rate that has come down would "
-                    "climb again. Start a new run of that length"
+                    f"climb again. Start a new run of that length{stretch}"
                 )
 
 

@@ -1,11 +1,14 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainkit.errors import PluginError
+from trainkit import build, fit, load_recipe
+from trainkit.errors import PluginError, RecipeError
+from trainkit.session import reopen
 from trainkit.testing import assert_refuses, build_run, run_steps, watch
 from trainkit_cosine_annealing_lr import CosineAnnealingLR
 
@@ -62,3 +65,40 @@ def test_wrong_options_are_one_clear_error():
 def test_a_run_has_one_schedule():
     with pytest.raises(PluginError, match="lr_schedule"):
         build_run({"first": CosineAnnealingLR(), "second": CosineAnnealingLR()})
+
+
+RECIPE = """\
+name: longer
+epochs: 4
+batch_size: 256
+device: cpu
+plugins:
+  digits:
+  normalize: {mean: [0.305], std: [0.376]}
+  resnet: {stem: 4, blocks: [1], channels: [4]}
+  cross_entropy:
+  sgd: {lr: 0.1}
+  cosine_annealing_lr: {eta_min: 0.001}
+  metric_log:
+  checkpoint:
+"""
+
+
+@pytest.mark.parametrize("max_epochs", [2, 4])
+def test_a_longer_run_goes_on_falling_where_it_was_and_only_if_it_may(tmp_path, monkeypatch, max_epochs):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE)
+    run = build(load_recipe("recipe.yaml"))
+    fit(run, "run", max_steps=6 * max_epochs)
+    # One epoch more than the schedule was made for would make the rate rise again.
+    with pytest.raises(RecipeError, match="would climb again.*or set its option `stretch: true`"):
+        reopen("run", ["epochs=6"])
+    run = reopen("run", ["epochs=6", "plugins.cosine_annealing_lr.stretch=true"])
+    fit(run)
+    found = [row["lr"] for row in run.history]
+    before = [formula(t, 4, 0.001) for t in range(max_epochs)]
+    # What was left of the half cosine is passed through over what is left of six epochs.
+    left = [max_epochs + (4 - max_epochs) * (t - max_epochs) / (6 - max_epochs) for t in range(max_epochs, 6)]
+    assert found == pytest.approx(before + [formula(t, 4, 0.001) for t in left])
+    assert found == sorted(found, reverse=True)
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
