@@ -19,6 +19,8 @@ _HOME = {
     "Recipe": "recipe",
     "load_recipe": "recipe",
     "build": "build",
+    "LoadedModel": "inference",
+    "load_model": "inference",
     "Metric": "run",
     "Run": "run",
     "Schedule": "run",
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from trainkit.data import Data as Data
     from trainkit.data import TensorSplit as TensorSplit
     from trainkit.errors import TrainkitError as TrainkitError
+    from trainkit.inference import LoadedModel as LoadedModel
+    from trainkit.inference import load_model as load_model
     from trainkit.recipe import Recipe as Recipe
     from trainkit.recipe import load_recipe as load_recipe
     from trainkit.run import Metric as Metric

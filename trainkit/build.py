@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from trainkit import provenance
+from trainkit import numerics, provenance
 from trainkit.data import Batches, Data
 from trainkit.errors import PluginError, RecipeError
 from trainkit.hooks import CallWrapper, Hooks, Implementation, load_plugins
@@ -25,7 +25,7 @@ from trainkit.transforms import Pipeline, Transform
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["build", "build_with", "check_optimizer"]
+__all__ = ["build", "build_network", "build_with", "check_optimizer"]
 
 # Networks draw their weights from torch's global generator, so two threads must not build at once.
 _GENERATOR = threading.Lock()
@@ -60,6 +60,27 @@ def build_with(recipe: Recipe, hooks: Hooks, console: Console | None = None, *, 
         check_optimizer(run, hooks.named("built"))
     parts = {name: getattr(run, name) for name in provenance.PARTS}
     run.built = provenance.Built(parts, provenance.contents(run))  # what is replaced from here on is recorded
+    return run
+
+
+def build_network(recipe: Recipe, hooks: Hooks, data: Data, console: Console | None = None) -> Run:
+    """Build what maps images to outputs, for images that are described instead of there: no data set is opened.
+
+    Args:
+        recipe: the recipe.
+        hooks: its plugins. Their hooks ``data`` and ``transform_data`` are not called.
+        data: classes and shape.
+        console: where plugins print for people.
+
+    Returns:
+        A run with transforms, model and contexts, and nothing to train with.
+    """
+    run = Run(recipe=recipe, hooks=hooks, device=_device(recipe), console=console, dry=True)
+    with hooks.blaming(PluginError):
+        run.data = data
+        run.transforms = {name: _pipeline(run, name) for name in data.splits}
+        _build_model(run)
+        _build_contexts(run)
     return run
 
 
@@ -142,7 +163,13 @@ def _build_training(run: Run) -> None:
         _check_schedule(impl, schedule)
         impl.plugin.made.append(("scheduler", schedule.scheduler))
         run.schedules.append(schedule)
-    contexts = [context for _, context in hooks.collect("contexts", AbstractContextManager, run)]
+    _build_contexts(run)
+
+
+def _build_contexts(run: Run) -> None:
+    contexts = [context for _, context in run.hooks.collect("contexts", AbstractContextManager, run)]
+    for context in contexts:
+        numerics.check_context(run.recipe, context)
     run.context = nullcontext() if not contexts else contexts[0] if len(contexts) == 1 else _Nested(contexts)
 
 
@@ -194,15 +221,17 @@ def check_optimizer(run: Run, who: str) -> None:
 def _device(recipe: Recipe) -> torch.device:
     name = recipe.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() and recipe.numerics == "native" else "cpu"
     try:
         device = torch.device(name)
-        return torch.empty(0, device=device).device  # with its number: `cuda` is the current GPU
+        device = torch.empty(0, device=device).device  # with its number: `cuda` is the current GPU
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise RecipeError(
             f"{recipe.where}: device: {name!r} cannot be used: {reason}; `auto` takes the first GPU, or the CPU"
         ) from error
+    numerics.check(recipe, device)
+    return device
 
 
 def _check_schedule(impl: Implementation, schedule: Schedule) -> None:

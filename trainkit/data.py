@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trainkit.errors import DataError, RunError
+from trainkit.images import Size
 from trainkit.rng import stream, torch_seed
 
 __all__ = [
@@ -183,6 +184,8 @@ class Data:
         classes: class names, by target; empty where targets are no classes.
         shape: channels, height and width of every image.
         workers: processes that decode a split that is not a :class:`TensorSplit`; 0 decodes in this process.
+        resize: how an image file comes to `shape`, as the `size` of :func:`trainkit.images.resize_and_crop`; by default
+            the height where `shape` is square, else height and width. ``trainkit.load_model`` reads files so.
     """
 
     train: Split
@@ -192,6 +195,7 @@ class Data:
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
     workers: int = 0
+    resize: Size | None = None
 
     def __attrs_post_init__(self) -> None:
         for name, split in self.splits.items():
@@ -220,6 +224,12 @@ class Data:
             return known[0]
         with _seeded(0):
             return self.train[0][1]
+
+    @property
+    def file_size(self) -> Size:
+        """The size to which an image file is brought: `resize`, or its default."""
+        _, height, width = self.shape
+        return self.resize or (height if height == width else (height, width))
 
     def replace(self, **changes: Any) -> Data:
         """Return this data set with some of its splits, or other attributes, replaced.

@@ -82,7 +82,7 @@ PLUGIN_NOTES = {"source", "observer", "without_effect"}
 #: draw, sort or round differently. Variables that set threads are recorded as what they set: `threads`.
 ENVIRONMENT_NOTES = {"platform", "waiting", "observers_packages", "revision", "trainkit.version"}
 THREAD_VARIABLES = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"}
-DATA_NOTES = {"preprocessing"}
+DATA_NOTES = {"preprocessing", "resize", "target"}  # content and options say the same
 BESIDE = ("declared", "replaced")  # parts that environment.json holds, too
 
 #: Variables that change what torch, its libraries or a GPU compute.
@@ -140,6 +140,8 @@ def recipe_record(recipe: Recipe) -> dict[str, Any]:
     plain = {name: value for name, value in recipe.to_dict().items() if name != "plugins"}
     if plain.get("test_batch_size") == recipe.batch_size:  # the default, written out
         del plain["test_batch_size"]
+    if plain.get("numerics") == "native":  # the default, which records of before do not name
+        del plain["numerics"]
     return plain
 
 
@@ -451,6 +453,8 @@ def data_record(run: Run) -> dict[str, Any]:
         "splits": splits,
         "classes": list(run.data.classes),
         "shape": list(run.data.shape),
+        "resize": _plain(run.data.file_size),
+        "target": "class" if run.data.has_class_targets else "other",
         "preprocessing": preprocessing,
     }
 
@@ -727,7 +731,7 @@ def compare(*records: Mapping[str, Any]) -> list[Difference]:
     return [
         *_compare_recipes(recipes),
         *_compare_plugins(plugins),
-        *_compare_parts("environment", environments),
+        *_compare_environments(environments, portable=all(recipe.get("numerics") == "portable" for recipe in recipes)),
         *_compare_parts("data", data),
         *_compare_parts("declared", declarations, watching),
         *_compare_replaced([made.get("replaced", []) for made in records]),
@@ -794,6 +798,13 @@ def _compare_plugin(name: str, listing: Sequence[Mapping[str, Any]]) -> Iterator
     for option, values in _differing([plugin.get("options", {}) for plugin in listing]):
         note = option.partition(".")[0] in without_effect
         yield Difference(f"plugins.{name}.{option}", values, "none" if note else "numbers")
+
+
+def _compare_environments(trees: Sequence[Mapping[str, Any]], *, portable: bool) -> Iterator[Difference]:
+    """Compare environments; the CPU's model decides nothing where all runs use no more than what every CPU has."""
+    for difference in _compare_parts("environment", trees):
+        is_model = portable and difference.key == "environment.processor"
+        yield attrs.evolve(difference, effect="none") if is_model else difference
 
 
 def _compare_parts(

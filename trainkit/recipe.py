@@ -59,6 +59,9 @@ class Recipe:
         eval_every: evaluate after every so many epochs, and after the last one.
         drop_last: leave out the last training batch of an epoch where it is smaller than the others.
         mixed_sizes: training and evaluation images may differ in size.
+        numerics: ``native``: what this CPU computes fastest; or ``portable``: float32 with the instructions that every
+            x86-64 CPU has, on one thread unless OMP_NUM_THREADS says otherwise, so that other CPUs compute the same
+            bits.
         device: ``auto`` (the first GPU, else the CPU) or a torch device, such as ``cpu`` or ``cuda:1``.
         expect: what the recipe should reach, by metric; ``parameters`` is checked before training.
         requires: requirements that provide plugins from elsewhere: a list, or a mapping from plugin name to
@@ -78,6 +81,7 @@ class Recipe:
     eval_every: int = field(default=1, validator=ge(1))
     drop_last: bool = False
     mixed_sizes: bool = False
+    numerics: Literal["native", "portable"] = "native"
     device: str = "auto"
     expect: dict[str, int | float] = field(factory=dict)
     requires: list[str] | dict[str, str] = field(factory=list)

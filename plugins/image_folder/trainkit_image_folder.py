@@ -159,6 +159,7 @@ class ImageFolder:
             test=held.get(test, test),
             classes=classes,
             shape=(3, height, width),
+            resize=self.size,
             workers=0 if in_memory and train in held else self.workers,
         )
 

@@ -1,19 +1,23 @@
 """A ledger of a run: a chain of hashes over its states and records."""
 
+from __future__ import annotations
+
 import json
 import math
 import os
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import field
 from attrs.validators import ge
 
-from trainkit import Run
 from trainkit.errors import RunError
 from trainkit.plugin import hookimpl, plugin
+
+if TYPE_CHECKING:  # verify imports this module, and torch must not be loaded before it knows the recipe's numerics
+    from trainkit import Run
 
 __all__ = ["FILE", "START", "Ledger", "chain_of", "link", "record_line", "recorded_files"]
 

@@ -34,16 +34,19 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         RecipeError: classes or code differ from those that the weights were trained with.
     """
-    from trainkit import provenance
-    from trainkit.build import build
+    from trainkit import numerics
     from trainkit.recipe import load_recipe
     from trainkit.rundir import RunDir
-    from trainkit.session import evaluate
 
     console = terminal(stderr=args.json)
     run_dir = RunDir(args.run_dir)
     recipe = load_recipe(run_dir.recipe_path(), args.overrides)
     refuse_meta(recipe)
+    numerics.prepare(recipe)
+    from trainkit import provenance  # these load torch, which reads the settings of numerics
+    from trainkit.build import build
+    from trainkit.session import evaluate
+
     state = run_dir.load_state(args.checkpoint)
     built = build(recipe, console=console)
     differences = provenance.compare_state(state, built)

@@ -25,13 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build the recipe again, check that nothing changed that matters, load, train."""
+    from trainkit import numerics
     from trainkit.cli.run import refuse_meta, train
     from trainkit.recipe import load_recipe
     from trainkit.rundir import RunDir
-    from trainkit.session import reopen
 
     console = terminal(stderr=args.json)
-    refuse_meta(load_recipe(RunDir(Path(args.run_dir)).recipe_path(), args.overrides))
+    recipe = load_recipe(RunDir(Path(args.run_dir)).recipe_path(), args.overrides)
+    refuse_meta(recipe)
+    numerics.prepare(recipe)
+    from trainkit.session import reopen  # loads torch, which reads the settings of numerics
+
     reopened = reopen(args.run_dir, args.overrides, allow_changes=args.allow_changes, console=console)
     if reopened.finished and not args.json:
         done = f"{reopened.epoch} epochs and {reopened.step} steps are completed"

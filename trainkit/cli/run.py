@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, and print what was expected beside what was reached."""
-    from trainkit.build import build
+    from trainkit import numerics
     from trainkit.recipe import load_recipe
 
     profile: dict[tuple[str, str], float] = {}
@@ -54,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     console = terminal(stderr=args.json)
     recipe = load_recipe(args.recipe, overrides)
     refuse_meta(recipe)
+    numerics.prepare(recipe)
+    from trainkit.build import build  # loads torch, which reads the settings of numerics
+
     built = build(recipe, console=console, wrap_call=_call_wrapper(args, profile, console), dry=args.dry_run)
     for line in (*_missing_parts(built), *_since_recorded(built)):
         console.print(printable(line), **PLAIN)

@@ -1,0 +1,277 @@
+"""A network in use: from a run's directory to predictions, without its data set."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import attrs
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from trainkit.build import build_network
+from trainkit.data import Data
+from trainkit.errors import CheckpointError, DataError, UsageError
+from trainkit.hooks import load_plugins
+from trainkit.images import open_image, resize_and_crop
+from trainkit.recipe import load_recipe
+from trainkit.rng import stream
+from trainkit.run import Run
+from trainkit.rundir import MAX_CHECKPOINT, RunDir, read_regular
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trainkit.images import Size
+
+__all__ = ["Images", "LoadedModel", "evaluated_model", "load_model"]
+
+#: Images as :meth:`LoadedModel.preprocess` takes them.
+Images = Tensor | NDArray[np.uint8] | str | os.PathLike[str] | Sequence["str | os.PathLike[str]"]
+
+BATCH = 100  # images that predict() holds at once
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class LoadedModel:
+    """A trained network with all that its use needs.
+
+    Args:
+        model: the network as it was evaluated, in evaluation mode: the averaged weights, where a plugin averages.
+        classes: class names, by output; empty where targets are no classes.
+        shape: channels, height and width of images before the transforms.
+        resize: how image files come to that shape; see :class:`trainkit.Data`.
+        epoch: epochs that were completed when it was saved.
+        recipe: the name of its recipe.
+        run: the parts of the run that map images to outputs: transforms, contexts, device.
+    """
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]
+    resize: Size
+    epoch: int
+    recipe: str
+    run: Run
+
+    def preprocess(self, images: Images) -> Tensor:
+        """Return images as the network saw the test split: float32 [N, C, H, W] on the model's device.
+
+        Args:
+            images: uint8 [N, C, H, W] or one image [C, H, W] of :attr:`shape`, as a tensor or an array; or a path, or a
+                sequence of paths, of image files, which are read, turned upright and resized as the data plugin does.
+
+        Raises:
+            DataError: a file cannot be read, or the images have another type or shape.
+        """
+        if isinstance(images, str | os.PathLike):
+            images = [images]
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(images)
+        if not isinstance(images, Tensor):
+            images = torch.stack([self.read(path) for path in images]) if images else torch.empty(0, *self.shape).byte()
+        images = images[None] if images.dim() == 3 else images
+        if images.dtype != torch.uint8 or images.dim() != 4 or tuple(images.shape[1:]) != self.shape:
+            wanted = ", ".join(map(str, self.shape))
+            raise DataError(f"expected uint8 images [N, {wanted}], got {images.dtype} {list(images.shape)}")
+        pipeline = self.run.transforms["test"]
+        seed = self.run.recipe.seed
+        return pipeline(images.to(self.run.device), lambda purpose: stream(seed, purpose, 0, 0))
+
+    def read(self, path: str | os.PathLike[str]) -> Tensor:
+        """Return an image file as the data plugin would: uint8 of :attr:`shape`.
+
+        Raises:
+            DataError: it cannot be read or decoded, or is too large.
+        """
+        return resize_and_crop(open_image(path, "L" if self.shape[0] == 1 else "RGB"), self.resize)
+
+    @torch.no_grad()
+    def outputs(self, images: Images) -> Tensor:
+        """Return what the network gives for images, float32 [N, ...] on the CPU: logits, where targets are classes.
+
+        Args:
+            images: see :meth:`preprocess`; any number, of which a hundred at a time are on the device.
+        """
+        found = [self._call(self.preprocess(part)) for part in _parts(images)]
+        return torch.cat(found) if found else torch.empty(0, len(self.classes))
+
+    def _call(self, images: Tensor) -> Tensor:
+        with self.run.context:
+            output: Tensor = self.model(images)
+        return output.float().cpu()
+
+    def predict(self, images: Images) -> Tensor:
+        """Return the probability of each class, float32 [N, classes] on the CPU.
+
+        Args:
+            images: see :meth:`preprocess`.
+
+        Raises:
+            UsageError: the targets that it was trained on are no classes.
+        """
+        if not self.classes:
+            raise UsageError("the network was trained on targets that are no classes; outputs() gives what it computes")
+        return self.outputs(images).softmax(1)
+
+
+def _parts(images: Images) -> Iterator[Images]:
+    if isinstance(images, str | os.PathLike):
+        yield images
+    elif isinstance(images, Tensor | np.ndarray):
+        if images.ndim == 3:
+            images = images[None]
+        for start in range(0, len(images), BATCH):
+            yield images[start : start + BATCH]
+    else:
+        yield from _batched(images)
+
+
+def _batched(paths: Iterable[Any]) -> Iterator[list[Any]]:
+    waiting = iter(paths)
+    while batch := list(islice(waiting, BATCH)):
+        yield batch
+
+
+@attrs.frozen
+class _NotThere:
+    """Stands for the images of a split that is not opened."""
+
+    name: str
+    images: int
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __getitem__(self, index: int) -> NoReturn:
+        raise DataError(f"image {index} of the {self.name} split is needed, and the data set is not opened here")
+
+
+def load_model(
+    run_dir: str | Path, checkpoint: str = "best", *, device: str | None = None, console: Console | None = None
+) -> LoadedModel:
+    """Load the network of a run as it was evaluated. Its data set is not needed.
+
+    The recipe's plugins must be installed. They build the network again, for classes and shape from ``data.json``.
+
+    Args:
+        run_dir: the directory of a run.
+        checkpoint: ``best``, ``last`` or another file's name in ``checkpoints/``. Where there is no best, because no
+            metric says what is better, ``last`` is what there is.
+        device: where it computes; by default the recipe's device.
+        console: where plugins print for people; by default nowhere.
+
+    Raises:
+        TrainkitError: the directory is not that of a run, a plugin is missing, or the checkpoint is not whole.
+    """
+    directory = RunDir(Path(run_dir))
+    recipe = load_recipe(directory.recipe_path(), [] if device is None else [f"device={device}"])
+    weights = directory.path / "weights" / f"{checkpoint}.safetensors"
+    is_evaluated = weights.exists() and not (directory.path / "checkpoints" / f"{checkpoint}.pt").exists()
+    state = read_safetensors(weights) if is_evaluated else directory.load_state(checkpoint)
+    data = _described(directory)
+    run = build_network(recipe, load_plugins(recipe), data, console or _nowhere())
+    try:
+        run.model.load_state_dict(state["model"])
+        epoch = int(state["position"]["epoch"])
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{directory.path}: checkpoint {checkpoint!r} is not of its recipe: {said}") from error
+    return LoadedModel(
+        model=run.model.eval() if is_evaluated else evaluated_model(run, state),
+        classes=data.classes,
+        shape=data.shape,
+        resize=data.file_size,
+        epoch=epoch,
+        recipe=recipe.name,
+        run=run,
+    )
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """Return a network as the plugin `weights` stores it: ``model``, a state dict, and ``position``.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not what the plugin writes.
+    """
+    try:
+        from safetensors.torch import load
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: the package safetensors is needed to read it: `pip install safetensors`"
+        ) from error
+    try:
+        content = read_regular(path, MAX_CHECKPOINT)
+        model = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        shared = json.loads(header["shared"])
+        epoch = int(json.loads(header["trainkit"])["epoch"])
+        model.update({name: model[kept] for name, kept in shared.items()})
+    except Exception as error:  # safetensors raises an error of its own
+        raise CheckpointError(f"{path}: not what the plugin weights writes: {error}") from error
+    return {"model": model, "position": {"epoch": epoch}}
+
+
+def _described(directory: RunDir) -> Data:
+    """Return the data that a run's ``data.json`` describes.
+
+    Raises:
+        UsageError: the file is not what a run writes.
+    """
+    recorded = directory.read_json("data.json")
+    try:
+        splits = {str(name): _NotThere(str(name), int(split["images"])) for name, split in recorded["splits"].items()}
+        channels, height, width = map(int, recorded["shape"])
+        resize = recorded.get("resize", height if height == width else [height, width])
+        return Data(
+            train=splits.pop("train"),
+            test=splits.pop("test"),
+            validation=splits.pop("validation", None),
+            more=splits,
+            classes=tuple(map(str, recorded["classes"])),
+            shape=(channels, height, width),
+            resize=resize if isinstance(resize, int) else (int(resize[0]), int(resize[1])),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
+        raise UsageError(f"{directory.path / 'data.json'}: not what a run writes: {error!r}") from error
+
+
+def evaluated_model(run: Run, state: Mapping[str, Any]) -> nn.Module:
+    """Return the network that a run evaluates, in evaluation mode: its own, or what a plugin gives in its place.
+
+    Args:
+        run: a run whose network is built, and loaded from `state`.
+        state: what ``Run.state_dict`` returned.
+
+    Raises:
+        CheckpointError: the plugin's state is missing or not its own.
+    """
+    run.model.eval()
+    provider = run.hooks.only("eval_model")
+    if provider is None:
+        return run.model
+    plugin = provider.plugin
+    with run.hooks.blaming(CheckpointError):
+        for implementation in run.hooks.implementations("built"):
+            if implementation.plugin is plugin:
+                implementation(run)
+        if hasattr(plugin.instance, "load_state_dict"):
+            try:
+                saved = state["plugins"][plugin.name]["state"]
+            except (KeyError, TypeError) as error:
+                raise CheckpointError(f"{plugin}: the checkpoint holds no state of it") from error
+            plugin.instance.load_state_dict(saved)
+        model: nn.Module = provider(run) or run.model
+    return model.eval()
+
+
+def _nowhere() -> Console:
+    from rich.console import Console
+
+    return Console(quiet=True)
