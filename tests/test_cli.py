@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from trainkit import provenance
+from trainkit import build, load_model, load_recipe, provenance
 from trainkit.cli import main
 from trainkit.cli.output import number, printable
 from trainkit.cli.run import _resume_command
@@ -141,6 +142,26 @@ def test_evaluate_gives_the_metrics_of_the_run(small, capsys):
     evaluated = json.loads(capsys.readouterr().out)
     assert evaluated["test_accuracy"] == final["test_accuracy"]
     assert evaluated["test_loss"] == final["test_loss"]
+
+
+def test_evaluate_shows_each_class_and_what_it_is_taken_for(small, capsys):
+    assert main(["run", str(small), "--run-dir", "out"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "out", "--per-class", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    matrix = torch.tensor(found["confusion_matrix"])
+    assert found["classes"] == [str(digit) for digit in range(10)]
+    assert 100 * matrix.trace() / matrix.sum() == pytest.approx(found["test_accuracy"])
+    run = build(load_recipe("out/recipe.yaml"))
+    assert matrix.sum(1).tolist() == torch.bincount(run.data.test.targets, minlength=10).tolist()
+    model = load_model("out")
+    for target, row in zip(range(10), matrix, strict=True):  # an independent count, class by class
+        images = run.data.test.images[run.data.test.targets == target]
+        assert torch.bincount(model.outputs(images).argmax(1), minlength=10).tolist() == row.tolist()
+    assert main(["evaluate", "out", "--per-class"]) == 0
+    assert "else mostly taken for" in capsys.readouterr().out
+    assert main(["evaluate", "out", "--data", "elsewhere"]) == 2
+    assert "--data: no plugin of the recipe has an option `root`" in capsys.readouterr().err
 
 
 def test_evaluate_without_a_checkpoint_names_the_cure(small, capsys):

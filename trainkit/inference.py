@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from trainkit.images import Size
 
-__all__ = ["Images", "LoadedModel", "evaluated_model", "load_model"]
+__all__ = ["Images", "LoadedModel", "confusion_matrix", "evaluated_model", "load_model"]
 
 #: Images as :meth:`LoadedModel.preprocess` takes them.
 Images = Tensor | NDArray[np.uint8] | str | os.PathLike[str] | Sequence["str | os.PathLike[str]"]
@@ -269,6 +269,26 @@ def evaluated_model(run: Run, state: Mapping[str, Any]) -> nn.Module:
             plugin.instance.load_state_dict(saved)
         model: nn.Module = provider(run) or run.model
     return model.eval()
+
+
+@torch.no_grad()
+def confusion_matrix(run: Run, split: str) -> Tensor:
+    """Return how often each class is taken for each, int64 [classes, classes] on the CPU; rows are true classes.
+
+    Args:
+        run: a run that is built, whose targets are classes. The network is the one that it evaluates.
+        split: a split's name.
+    """
+    n = len(run.data.classes)
+    counts = torch.zeros(n * n, dtype=torch.int64, device=run.device)
+    model = run.hooks.one("eval_model", (nn.Module, type(None)), default=lambda run: None)(run) or run.forward
+    was_training = model.training
+    model.eval()
+    for batch in run.iterate(split):
+        output, _ = run.compute_loss(batch, model)
+        counts += torch.bincount(batch.targets * n + output.argmax(1), minlength=n * n)
+    model.train(was_training)
+    return counts.view(n, n).cpu()
 
 
 def _nowhere() -> Console:

@@ -29,6 +29,13 @@ MAX_BYTES = 1 << 24  # of a published curve: a hundred bytes for each of 100,000
 COLUMNS = ("epoch", "train_loss", "test_loss", "train_accuracy", "test_accuracy")
 # The run's curve and the published one of each split; the colour-blind can tell them apart (Okabe and Ito).
 COLOURS = {"train": ("#0072B2", "#56B4E9"), "test": ("#D55E00", "#E69F00"), "validation": ("#009E73", "#009E73")}
+# More than colour tells the run's curves apart: width and marker.
+LINES: dict[str, dict[str, Any]] = {
+    "train": {"linewidth": 1.4, "marker": "s", "markerfacecolor": "none"},
+    "test": {"linewidth": 2.4, "marker": "o"},
+    "validation": {"linewidth": 2.4, "marker": "D"},
+}
+MARKERS = 25  # on a curve; among more, they would hide the line
 # The title of each metric's figure, and the label of its y axis.
 TITLES = {"loss": ("Train vs {split} Loss", "loss"), "accuracy": ("Model Accuracy", "accuracy (%)")}
 STYLE: dict[str, Any] = {
@@ -44,22 +51,36 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # write text as text, not as outlines
     "svg.hashsalt": "trainkit",  # name elements by their content, so that the same numbers give the same file
 }
+DARK: dict[str, Any] = {
+    "figure.facecolor": "#12151a",
+    "axes.facecolor": "#12151a",
+    "savefig.facecolor": "#12151a",
+    "legend.facecolor": "#12151a",
+    "grid.color": "#30353d",
+    "text.color": "#e6e6e6",
+    "axes.labelcolor": "#e6e6e6",
+    "axes.edgecolor": "#8b929c",
+    "xtick.color": "#c8ccd2",
+    "ytick.color": "#c8ccd2",
+}
 
 
 @plugin
 class Figures:
-    """Draw loss and accuracy over the epochs, as PNG and SVG, with a published curve laid over.
+    """Draw loss, accuracy and learning rate over the epochs, as PNG and SVG, with a published curve laid over.
 
     Args:
         published: a CSV file whose columns are ``epoch`` and any of ``train_loss``, ``test_loss``, ``train_accuracy``
             and ``test_accuracy``; relative to the recipe's own file.
         every: draw after every so many epochs, and at the end of the run; 0 for the end alone.
+        dark: draw each picture a second time, on a dark background: ``accuracy.dark.png``.
     """
 
     observer: ClassVar = True
 
     published: Path | None = recipe_file(default=None)
     every: int = field(default=10, validator=ge(0))
+    dark: bool = False
     _published: Rows = field(init=False, factory=list)
 
     @hookimpl
@@ -92,35 +113,61 @@ class Figures:
         # Imported here, because it takes as long as a short epoch. pyplot is not used: its figures are global.
         import matplotlib.style
 
-        with matplotlib.style.context(["default", STYLE]):
-            for metric in TITLES:
-                if any(_points(run.history, split, metric) for split in COLOURS):
-                    _write(run, metric, self._figure(run, metric))
+        for suffix, style in [("", STYLE), *([(".dark", {**STYLE, **DARK})] if self.dark else [])]:
+            with matplotlib.style.context(["default", style]):
+                for metric in TITLES:
+                    if any(_points(run.history, split, metric) for split in COLOURS):
+                        _write(run, metric + suffix, self._figure(run, metric))
+                _write(run, f"learning_rate{suffix}", _rates(run))
 
     def _figure(self, run: Run, metric: str) -> Figure:
         """Draw one metric over the epochs."""
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
 
         published = [row for row in self._published if row["epoch"] <= run.epochs]
         figure = Figure(figsize=(12, 7), dpi=100, layout="constrained")
         axes = figure.add_subplot()
         for split in COLOURS:
             _plot_own(axes, run.history, split, metric)
-            _plot_published(axes, published, split, metric)
+            _plot_published(axes, published, self._published, split, metric)
         expected = run.recipe.expect.get(f"test_{metric}")
         if expected is not None:
-            axes.axhline(expected, color="#555555", linewidth=1, label=f"expected {expected:g}")
+            axes.axhline(expected, color="#808080", linewidth=1, linestyle="-.", label=f"expected {expected:g}")
 
         title, unit = TITLES[metric]
-        last = max(row["epoch"] for row in [*run.history, *published])
-        margin = max(0.5, 0.02 * last)
-        axes.set(xlim=(1 - margin, last + margin), xlabel="epoch", ylabel=unit)
+        _label_epochs(axes, max(row["epoch"] for row in [*run.history, *published]))
+        axes.set_ylabel(unit)
         title = title.format(split=run.selection_split.capitalize())
         axes.set_title(f"{title}: {run.recipe.name}", loc="left", pad=14)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.legend(loc="best")
         return figure
+
+
+def _rates(run: Run) -> Figure:
+    """Draw the learning rate of each epoch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    points = [(row["epoch"], row["lr"]) for row in run.history]
+    _plot(axes, points, "-", color=COLOURS["train"][0], marker="o")
+    _label_epochs(axes, points[-1][0])
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("learning rate")
+    axes.set_title(f"Learning Rate: {run.recipe.name}", loc="left", pad=14)
+    return figure
+
+
+def _label_epochs(axes: Axes, last: float) -> None:
+    """Set the range of the epochs and their ticks, one of them at the last epoch."""
+    from matplotlib.ticker import MaxNLocator
+
+    margin = max(0.5, 0.02 * last)
+    axes.set(xlim=(1 - margin, last + margin), xlabel="epoch")
+    ticks = [tick for tick in MaxNLocator(integer=True, min_n_ticks=1).tick_values(1, last) if 1 <= tick < last]
+    apart = [tick for tick in ticks if last - tick > 0.04 * last]  # else two labels would touch
+    axes.set_xticks(sorted({1.0, *apart, last}) if last < 10 else sorted({*apart, last}))
+    axes.xaxis.set_major_formatter("{x:g}")
 
 
 def _write(run: Run, metric: str, figure: Figure) -> None:
@@ -138,30 +185,29 @@ def _plot_own(axes: Axes, history: Rows, split: str, metric: str) -> None:
     if not points:
         return
     colour, _ = COLOURS[split]
-    _plot(axes, points, "-", color=colour, label=split)
+    _plot(axes, points, "-", color=colour, label=split, **LINES[split])
     if split != "train":
         epoch, value = _best(points, metric)
         label = f"best {split} {value:#.4g} (epoch {epoch:g})"
         axes.scatter(epoch, value, 320, marker="*", color=colour, edgecolor="white", zorder=4, label=label)
 
 
-def _plot_published(axes: Axes, published: Rows, split: str, metric: str) -> None:
-    """Plot the published curve, dashed, with the best value of the test split in its label."""
+def _plot_published(axes: Axes, published: Rows, whole: Rows, split: str, metric: str) -> None:
+    """Plot the published curve, dashed, with the best value of the whole test curve, shown or not, in its label."""
     points = _points(published, split, metric)
     if not points:
         return
     label = f"published {split}"
     if split == "test":
-        _, value = _best(points, metric)
-        label += f", best {value:#.4g}"
+        epoch, value = _best(_points(whole, split, metric), metric)
+        label += f", best {value:#.4g} (epoch {epoch:g})"
     _, colour = COLOURS[split]
     _plot(axes, points, "--", color=colour, linewidth=1.5, zorder=3, label=label)
 
 
 def _plot(axes: Axes, points: Points, line: str, **style: Any) -> None:
     epochs, values = zip(*points, strict=True)
-    marker = "o" if len(points) <= 30 else None  # among more points, markers would hide the line
-    axes.plot(epochs, values, line, marker=marker, markersize=5, **style)
+    axes.plot(epochs, values, line, markersize=5, markevery=max(1, len(points) // MARKERS), **style)
 
 
 def _best(points: Points, metric: str) -> tuple[float, float]:

@@ -67,7 +67,7 @@ class _Source:
 
         if self.array is not None:
             for start in range(0, len(self.array), BATCH):
-                part = torch.from_numpy(np.ascontiguousarray(self.array[start : start + BATCH]))
+                part = torch.from_numpy(np.array(self.array[start : start + BATCH], order="C"))
                 yield [str(number) for number in range(start, start + len(part))], part
             return
         waiting = iter(self.paths)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from trainkit.cli.output import number, print_json, printable, table, terminal
 from trainkit.cli.run import refuse_meta
-from trainkit.errors import RecipeError
+from trainkit.errors import RecipeError, UsageError
+
+if TYPE_CHECKING:
+    from trainkit.recipe import Recipe
+    from trainkit.run import Run
 
 HELP = "Evaluate a run's checkpoint on its test split, or another one."
 EXAMPLES = """\
 examples:
   trainkit evaluate runs/quickstart/20260101-120000-0
   trainkit evaluate runs/quickstart/20260101-120000-0 --checkpoint last plugins.cifar10.root=elsewhere
-  trainkit evaluate runs/quickstart/20260101-120000-0 --split validation
+  trainkit evaluate runs/quickstart/20260101-120000-0 --split validation --per-class
 """
 
 
@@ -24,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace one value of its recipe")
     parser.add_argument("--checkpoint", default="best", choices=["best", "last"], help="which weights (default: best)")
     parser.add_argument("--split", metavar="NAME", default="test", help="which images (default: test)")
+    parser.add_argument("--data", metavar="ROOT", help="where the data lie, their plugin's option root")
+    parser.add_argument("--per-class", action="store_true", help="each class, and what it is taken for")
     parser.add_argument("--allow-changes", action="store_true", help="evaluate although classes or code have changed")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
@@ -41,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     console = terminal(stderr=args.json)
     run_dir = RunDir(args.run_dir)
     recipe = load_recipe(run_dir.recipe_path(), args.overrides)
+    if args.data is not None:
+        recipe = load_recipe(run_dir.recipe_path(), [*args.overrides, _root(recipe, args.data)])
     refuse_meta(recipe)
     numerics.prepare(recipe)
     from trainkit import provenance  # these load torch, which reads the settings of numerics
@@ -61,9 +72,48 @@ def run(args: argparse.Namespace) -> int:
         console.print(printable(note), markup=False, highlight=False, soft_wrap=True)
     built.load_state_dict(state)
     metrics = evaluate(built, args.split)
+    matrix = _confusion(built, args.split) if args.per_class else None
     if args.json:
-        print_json({"checkpoint": args.checkpoint, "epoch": built.epoch, "split": args.split, **metrics})
+        told = {"checkpoint": args.checkpoint, "epoch": built.epoch, "split": args.split, **metrics}
+        if matrix is not None:
+            told |= {"classes": list(built.data.classes), "confusion_matrix": matrix}
+        print_json(told)
         return 0
     rows = [(name, number(recipe.expect.get(name)), number(value)) for name, value in metrics.items()]
     console.print(table(["", "expected", f"{args.checkpoint}, epoch {built.epoch}"], rows, right=["expected"]))
+    if matrix is not None:
+        console.print(_per_class(built.data.classes, matrix))
     return 0
+
+
+def _root(recipe: Recipe, root: str) -> str:
+    """Return the override that says where the data lie.
+
+    Raises:
+        UsageError: no plugin of the recipe, or more than one, has an option of that name.
+    """
+    having = [name for name, options in recipe.plugins.items() if "root" in options]
+    if len(having) != 1:
+        listed = ", ".join(having) or "no plugin of the recipe"
+        raise UsageError(f"--data: {listed} has an option `root`; give it as plugins.NAME.root=DIR")
+    return f"plugins.{having[0]}.root={json.dumps(root)}"
+
+
+def _confusion(run: Run, split: str) -> list[list[int]]:
+    from trainkit.inference import confusion_matrix
+
+    if not run.data.has_class_targets:
+        raise UsageError("--per-class: the targets of the data are no classes")
+    matrix: list[list[int]] = confusion_matrix(run, split).tolist()
+    return matrix
+
+
+def _per_class(classes: Sequence[str], matrix: list[list[int]]) -> Any:
+    """Return a table of what share of each class is right, and what it is taken for most often."""
+    rows = []
+    for n, (name, row) in enumerate(zip(classes, matrix, strict=True)):
+        total = sum(row)
+        wrong = sorted(((count, m) for m, count in enumerate(row) if m != n and count), reverse=True)[:2]
+        taken = ", ".join(f"{classes[m]} ({count})" for count, m in wrong)
+        rows.append((name, number(total), number(100 * row[n] / total) if total else "-", taken))
+    return table(["class", "images", "right, %", "else mostly taken for"], rows, right=["images", "right, %"])

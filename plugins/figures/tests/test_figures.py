@@ -49,13 +49,33 @@ def texts(path):
     return ["".join(e.itertext()) for e in ET.parse(path).iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_four_files_of_readable_size(tmp_path):
+def names(*pictures):
+    return sorted(f"{picture}.{kind}" for picture in pictures for kind in ("png", "svg"))
+
+
+def test_each_picture_is_two_files_of_readable_size(tmp_path):
     folder = draw(tmp_path, HISTORY)
-    assert sorted(p.name for p in folder.iterdir()) == ["accuracy.png", "accuracy.svg", "loss.png", "loss.svg"]
+    assert sorted(p.name for p in folder.iterdir()) == names("accuracy", "learning_rate", "loss")
     for name in ("accuracy.png", "loss.png"):
         data = (folder / name).read_bytes()
         assert data.startswith(b"\x89PNG")
         assert struct.unpack(">II", data[16:24]) == (1200, 700)
+
+
+def test_a_dark_variant_says_the_same(tmp_path):
+    folder = draw(tmp_path, HISTORY, dark=True)
+    light = ["accuracy", "learning_rate", "loss"]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(names(*light, *(f"{name}.dark" for name in light)))
+    assert texts(folder / "loss.dark.svg") == texts(folder / "loss.svg")
+    assert "#12151a" in (folder / "loss.dark.svg").read_text()
+
+
+def test_the_last_epoch_has_a_tick_and_no_other_touches_it(tmp_path):
+    history = [row(n, train_loss=1 / n, test_loss=1 / n) for n in range(1, 202)]
+    labels = [text for text in texts(draw(tmp_path, history, epochs=201) / "loss.svg") if text.isdigit()]
+    assert "201" in labels
+    assert "200" not in labels
+    assert "201" in texts(tmp_path / "figures" / "learning_rate.svg")
 
 
 def test_labels_name_recipe_splits_and_best_epoch(tmp_path):
@@ -76,10 +96,11 @@ def test_with_a_validation_split_its_curve_is_drawn(tmp_path):
     assert "test" not in labels
 
 
-def test_the_published_curve_is_laid_over_as_far_as_the_recipe_goes(tmp_path, published):
+def test_the_published_curve_is_laid_over_as_far_as_the_recipe_goes_and_its_best_is_that_of_all(tmp_path, published):
     folder = draw(tmp_path, HISTORY, published=published)
-    assert {"published train", "published test, best 0.7500"} <= set(texts(folder / "loss.svg"))
-    assert "published test, best 61.50" in texts(folder / "accuracy.svg")
+    assert {"published train", "published test, best 0.5000 (epoch 4)"} <= set(texts(folder / "loss.svg"))
+    assert "published test, best 90.00 (epoch 4)" in texts(folder / "accuracy.svg")
+    assert "4" not in texts(folder / "accuracy.svg")
     assert "published train" not in texts(folder / "accuracy.svg")
     assert "stroke-dasharray" in (folder / "loss.svg").read_text()
 
@@ -110,7 +131,7 @@ def test_a_single_epoch_shows_points(tmp_path):
     ],
 )
 def test_without_accuracy_only_loss_is_drawn(tmp_path, history):
-    assert sorted(p.name for p in draw(tmp_path, history).iterdir()) == ["loss.png", "loss.svg"]
+    assert sorted(p.name for p in draw(tmp_path, history).iterdir()) == names("learning_rate", "loss")
 
 
 def test_a_diverged_run_is_drawn_as_far_as_it_has_numbers(tmp_path):
@@ -120,7 +141,7 @@ def test_a_diverged_run_is_drawn_as_far_as_it_has_numbers(tmp_path):
 
 def test_nothing_to_draw_is_no_error(tmp_path):
     assert not draw(tmp_path, []).exists()
-    assert not draw(tmp_path, [row(1)]).exists()
+    assert sorted(p.name for p in draw(tmp_path, [row(1)]).iterdir()) == names("learning_rate")
 
 
 @plugin

@@ -1,0 +1,61 @@
+import json
+
+import pytest
+import torch
+from sklearn.metrics import confusion_matrix
+
+from trainkit import load_model, load_recipe
+from trainkit.cli import main
+from trainkit.testing import run_steps
+from trainkit_confusion_matrix import ConfusionMatrix, draw
+from trainkit_digits import Digits
+from trainkit_metrics import Metrics
+
+RECIPE = """\
+name: confused
+epochs: 2
+batch_size: 256
+device: cpu
+plugins:
+  digits:
+  resnet: {stem: 4, blocks: [1], channels: [4]}
+  cross_entropy:
+  sgd: {lr: 0.1}
+  metrics:
+  confusion_matrix:
+  checkpoint:
+"""
+
+
+def test_the_counts_are_those_of_the_best_epoch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "confused.yaml").write_text(RECIPE)
+    assert main(["run", "confused.yaml", "--run-dir", "out"]) == 0
+    found = json.loads((tmp_path / "out" / "figures" / "confusion.json").read_text())
+    test = run_steps({"digits": Digits()}, steps=1).data.test
+    predicted = load_model("out").predict(test.images).argmax(1)
+    assert found["confusion_matrix"] == confusion_matrix(test.targets, predicted, labels=range(10)).tolist()
+    best = json.loads((tmp_path / "out" / "result.json").read_text())["best"]["test_accuracy"]["epoch"]
+    assert (found["epoch"], found["classes"]) == (best, [str(digit) for digit in range(10)])
+    assert (tmp_path / "out" / "figures" / "confusion.png").read_bytes()[:4] == b"\x89PNG"
+    assert load_recipe("out/recipe.yaml").plugins["confusion_matrix"] == {}
+
+
+@pytest.mark.parametrize("n", [2, 100])
+def test_names_and_counts_are_written_where_they_fit(n):
+    counts = torch.eye(n, dtype=torch.int64).tolist()
+    (axes, _) = draw(counts, [f"class {i}" for i in range(n)], "title").axes
+    assert [text.get_text() for text in axes.texts] == ["1", "1"] * (n == 2)
+
+
+def test_other_targets_than_classes_are_refused():
+    from trainkit import TensorSplit
+    from trainkit.errors import RecipeError
+    from trainkit.testing import watch
+
+    def change(split):
+        return TensorSplit(split.images, torch.zeros(len(split), 3))
+
+    several = watch(transform_data=lambda data: data.replace(train=change(data.train), test=change(data.test)))
+    with pytest.raises(RecipeError, match="the data's targets are none; drop the plugin"):
+        run_steps({"several": several, "metrics": Metrics(accuracy=False), "confused": ConfusionMatrix()}, steps=1)
