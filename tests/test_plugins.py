@@ -56,6 +56,7 @@ NOT_HERE = {
     "cifar10": "its data are files",
     "compile": "torch's compiler keeps processes and threads for as long as Python runs",
     "image_folder": "its data are files",
+    "start_weights": "it needs a file",
     "timm_model": "its networks are large",
 }
 

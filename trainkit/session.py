@@ -343,7 +343,7 @@ def reopen(
     run.built = attrs.evolve(run.built, already=kept)
     differences = provenance.compare_state(state, run)
     recorded = _recorded_result(directory)
-    if not overrides and recorded is not None and recorded.status == "completed":
+    if not overrides and recorded is not None and recorded.status == "completed" and _is_at_end(state, recipe):
         differences = []  # nothing is left to train, so nothing can change a number
     changes = [str(difference) for difference in differences if difference.effect == "numbers"]
     length = [str(difference) for difference in differences if difference.effect == "length"]
@@ -370,6 +370,13 @@ def reopen(
     if not run.finished:
         run.resumed.append({"epoch": run.epoch, "step": run.step, "changes": changes + length})
     return run
+
+
+def _is_at_end(state: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Tell whether a checkpoint lies where its run ends; a session of a few steps is completed before that."""
+    position = state.get("position", {})
+    at_max_steps = recipe.max_steps is not None and position.get("step", 0) >= recipe.max_steps
+    return bool(position.get("epoch", 0) >= recipe.epochs or at_max_steps or state.get("ended") is not None)
 
 
 def _refuse_longer_schedules(run: Run, state: Mapping[str, Any]) -> None:
