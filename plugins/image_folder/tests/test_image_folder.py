@@ -421,3 +421,73 @@ def test_streaming_and_holding_train_the_same(root):
     ]
     for a, b in zip(*(parameters_of(run) for run in runs), strict=True):
         assert torch.equal(a, b)
+
+
+def test_folders_of_classes_alone_are_divided_the_same_way_whatever_else_there_is(root):
+    shutil.rmtree(root / "test")
+    options = {"root": root / "train", "train": ".", "test_fraction": 0.25, "size": 8}
+    data = opened(**options)
+    assert (len(data.train), len(data.test), data.classes) == (9, 3, ("a", "b", "c"))
+    assert list(data.test.targets) == [0, 1, 2]
+    aside = {image.numpy().tobytes() for image in data.test.images}
+    assert not aside & {image.numpy().tobytes() for image in data.train.images}
+    shutil.copytree(root / "train" / "a", root / "train" / "d")
+    more = opened(**options)
+    assert aside < {image.numpy().tobytes() for image in more.test.images}
+    with pytest.raises(DataError, match="class 'a' has 4 images, of which test_fraction leaves none"):
+        opened(**{**options, "test_fraction": 0.9})
+
+
+SPLITS = "path,label,split\n"
+
+
+def table(root, text):
+    (root / "labels.csv").write_text(text)
+    return opened(root=root, table="labels.csv", size=8)
+
+
+def test_a_table_names_files_labels_and_splits(root):
+    rows = ["train/a/0.png,cat,train", "train/b/1.png,dog,train", "test/a/0.png,dog,val", "test/c/1.png,cat,test"]
+    data = table(root, "\ufeff" + SPLITS + "\n".join(rows))
+    assert data.classes == ("cat", "dog")
+    for split, path, target in (
+        ("train", "train/b/1.png", 1),
+        ("validation", "test/a/0.png", 1),
+        ("test", "test/c/1.png", 0),
+    ):
+        image, label = data.splits[split][len(data.splits[split]) - 1]
+        assert label == target
+        expected = Compose([Resize(8), CenterCrop(8), PILToTensor()])(Image.open(root / path))
+        assert torch.equal(image, expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("file,label\n", "expected a first line with the columns path,label"),
+        ("path,label\ntrain/a/0.png,\n", "line 2: expected a path, a label"),
+        (
+            "path,label,split\ntrain/a/0.png,cat,held\n",
+            "line 2: a label and train, validation or test",
+        ),
+        ("path,label\n../secret.png,cat\n", "line 2: '../secret.png' leads out of"),
+        ("path,label\n/etc/secret.png,cat\n", "leads out of"),
+        (SPLITS + "train/a/0.png,cat,test\n", "it lists no training images"),
+        (
+            "path,label\ntrain/a/0.png,cat\ntrain/b/0.png,dog\n",
+            "no test images; set .*test_fraction",
+        ),
+        (
+            "path,label,split\ntrain/a/0.png,cat,train\ntrain/b/0.png,cat,test\n",
+            "one class alone, 'cat'.*add rows",
+        ),
+        (
+            "path,label,split\na.png,cat,train\nb.png,dog,train\nc.png,owl,test\n",
+            "'owl' is a class of which",
+        ),
+        (SPLITS + "no.png,cat,train\ntrain/b/0.png,dog,train\ntest/a/0.png,cat,test\n", "no.png"),
+    ],
+)
+def test_a_wrong_table_is_one_clear_error(root, text, said):
+    with pytest.raises(DataError, match=said):
+        table(root, text)
