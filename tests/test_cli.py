@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -432,3 +433,33 @@ def test_a_run_directory_may_begin_with_a_hyphen(small, capsys):
     assert main(["resume", "--", "-x"]) == 0
     capsys.readouterr()
     assert _resume_command(Path("-x")) == "trainkit resume ./-x"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "r.yaml", "--epochs", "3"], "a value of the recipe is given as epochs=3"),
+        (["frobnicate"], "no command 'frobnicate'; there are run, resume, evaluate, plugins, recipes, "),
+        (["plugins", "foo"], "no action 'foo'; there are list, show, "),
+        (["recipes", "nww"], "no action 'nww'; there are list, show, "),
+    ],
+)
+def test_what_is_unknown_is_answered_with_what_there_is(capsys, arguments, said):
+    with suppress(SystemExit):  # argparse ends the process itself
+        assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_recipe_may_be_named_without_its_folder(small, capsys):
+    (small.parent / "recipes").mkdir()
+    small.rename(small.parent / "recipes" / "small.yaml")
+    assert main(["run", "small", "--dry-run"]) == 0
+    assert "recipe: recipes/small.yaml" in capsys.readouterr().out
+    assert main(["run", "smal"]) == 2
+
+
+def test_help_wraps_whole_words(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80

@@ -541,3 +541,29 @@ def test_only_regular_files_are_read(write, tmp_path, kind):
             load_recipe(start)
     with pytest.raises(RecipeError, match="not the path|cannot be read"):
         load_recipe("a\0b.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("epochs=010", "epochs=010', line 1: 010: YAML would read another number"),
+        ("description=1:30", "YAML would read another number there"),
+        ("description=no", "description: expected a text, got false"),
+        ("plugins.e.name=/data/my #1", "reads what follows ' #' as a comment; write plugins.e.name='\"/data/my #1\"'"),
+    ],
+)
+def test_what_yaml_would_read_otherwise_than_it_was_meant_is_refused(write, override, said):
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(write(MINIMAL + "plugins: {e: {needed: 1}}\n"), [override])
+
+
+def test_an_override_says_what_it_means(write):
+    path = write(MINIMAL + "expect: {test_accuracy: 90}\nplugins: {sgd: {lr: 0.5}}\n")
+    assert load_recipe(path, ["plugins.sgd=true"]).plugins == {"sgd": {"lr": 0.5}}
+    assert load_recipe(path, ["plugins.sgd={}"]).plugins == {"sgd": {"lr": 0.5}}
+    assert load_recipe(path, ["expect={}"]).expect == {}
+    assert load_recipe(path, ['description="1:30"']).description == "1:30"
+    with pytest.raises(RecipeError, match="'lr=0.1': no key of a recipe; did you mean plugins.sgd.lr?"):
+        load_recipe(path, ["lr=0.1"])
+    with pytest.raises(RecipeError, match="rl: unknown key"):
+        load_recipe(path, ["rl=0.1"])

@@ -10,6 +10,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
@@ -35,6 +36,9 @@ MAX_INTEGER = 2**63 - 1  # what torch can count to
 REFERENCE_COST = 64  # in characters; omegaconf takes a tenth of a millisecond to resolve one
 _REFERENCE = re.compile(r"\$\{([\w.@-]+)\}")
 _PLUGIN = re.compile(r"[^@]+(@[A-Za-z0-9_-]+)?")
+_PLUGIN_KEY = re.compile(r"plugins(\.[^.]+)?")
+# What YAML 1.1 reads as a number of another base: 010 is 8, 1:30 is 90.
+_OTHER_BASE = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 
 
 def _slug(recipe: Recipe, attribute: attrs.Attribute[str], value: str) -> None:
@@ -134,6 +138,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     path = Path(path)
     tree = _read_with_bases(path, root=path.parent, seen=())
     for key, value in _parse_overrides(overrides):
+        _check_key(tree, key, value)
+        if value == {} and not _PLUGIN_KEY.fullmatch(key):  # `expect={}`: nothing, and not what was inherited
+            tree = _without(tree, key.split("."))
         tree = _override(tree, _nest(key, value))
     return from_dict(tree, path)
 
@@ -238,6 +245,10 @@ def _checked(where: str, prefix: str, cls: type, given: Mapping[str, Any]) -> di
 
 def _convert(place: str, annotation: Any, value: Any) -> Any:
     """Return a value as the type that omegaconf makes of it, as a structured configuration of this one field."""
+    if annotation is str and isinstance(value, bool):
+        raise RecipeError(
+            f"{place}: expected a text, got {str(value).lower()}, as which YAML reads yes, no, on and off; quote it"
+        )
     schema = attrs.make_class("Options", {"value": attrs.field(type=annotation)})
     try:
         config = OmegaConf.merge(OmegaConf.structured(schema), {"value": value})
@@ -363,6 +374,11 @@ def _parse(text: str, where: str) -> Any:
                 raise RecipeError(f"{where}, line {line}: YAML tag {tag!r} refused; a recipe is plain data")
             if depth == 0 and isinstance(event, yaml.ScalarEvent) and event.value:
                 raise RecipeError(f"{where}: expected a mapping with name, epochs, batch_size and plugins")
+            if isinstance(event, yaml.ScalarEvent) and event.style is None and _OTHER_BASE.fullmatch(event.value):
+                raise RecipeError(
+                    f"{where}, line {line}: {event.value}: YAML would read another number there; write a number "
+                    "without zeros before it, and a text in quotes"
+                )
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise RecipeError(f"{where}, line {line}: nested deeper than {MAX_DEPTH} levels")
@@ -472,8 +488,41 @@ def _parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple
             raise RecipeError(f"override {text!r}: expected KEY=VALUE, such as epochs=5 or plugins.se.reduction=8")
         if "\n" in value:
             raise RecipeError(f"override {text!r}: the value must be one line")
+        if re.search(r"\s#", value) and value.strip()[0] not in "\"'[{":
+            raise RecipeError(
+                f"override {text!r}: YAML reads what follows ' #' as a comment; write {key}='\"{value}\"'"
+            )
         pairs.append((key, _parse(f"value: {value}", f"override {text!r}")["value"]))
     return pairs
+
+
+def _check_key(tree: Mapping[str, Any], key: str, value: Any) -> None:
+    """Refuse an override of what is no key of a recipe and names the plugin that has such an option.
+
+    Raises:
+        RecipeError: there is one, or several.
+    """
+    if "." in key or key in attrs.fields_dict(Recipe) or not isinstance(tree.get("plugins"), Mapping):
+        return
+    having = []
+    for name, options in tree["plugins"].items():
+        records = installed().get(base_name(str(name)), []) if options is not False else []
+        with suppress(Exception):  # a plugin that is missing or broken is reported when it is loaded
+            if len(records) == 1 and key in {option.alias or option.name for option in attrs.fields(records[0].load())}:
+                having.append(f"plugins.{name}.{key}")
+    if having:
+        raise RecipeError(f"override '{key}={value}': no key of a recipe; did you mean {' or '.join(having)}?")
+
+
+def _without(tree: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """Return a tree without what lies at a path."""
+    first, *rest = path
+    left = dict(tree)
+    if not rest:
+        left.pop(first, None)
+    elif isinstance(left.get(first), Mapping):
+        left[first] = _without(left[first], rest)
+    return left
 
 
 def _nest(key: str, value: Any) -> dict[str, Any]:
@@ -540,6 +589,6 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         if isinstance(value, Mapping) and isinstance(old, dict):
             merged[key] = _merge(old, value)
-        elif not (value is None and isinstance(old, dict)):  # `se:` alone keeps inherited options
+        elif not ((value is None or value is True) and isinstance(old, dict)):  # `se:` keeps inherited options
             merged[key] = value
     return merged

@@ -29,7 +29,8 @@ STEPS = 1500  # of the whole training, about
 LARGEST = 128  # pixels of a side by default: what a CPU trains on within minutes
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 TABLE_BYTES = 2**28
-NETWORK = "resnet: {stem: 32, blocks: [2, 2, 2, 2], channels: [32, 64, 128, 256]}"
+NETWORK = "resnet: {stem: 32, blocks: [2, 2, 2, 2], channels: [32, 64, 128, 256]%s}"
+SMALL = 48  # pixels of a side up to which the network keeps the full resolution in its first stage
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # what published weights were trained with
 
 
@@ -173,7 +174,7 @@ def compose(
     lines = [(f"image_folder: {_flow(options)}", f"{found.images:,} images of {len(found.classes)} classes")]
     lines += [(line, note) for line, note in optional if line]
     lines.append((f"normalize: {{mean: {mean}, std: {std}}}", "of the channels, 0 to 1"))
-    lines.append((_network(model), "trainkit plugins show NAME tells the options"))
+    lines.append((_network(model, size), "trainkit plugins show NAME tells the options"))
     if weights is not None:
         lines.append((f"start_weights: {{file: {json.dumps(str(weights))}}}", "what the network begins with"))
     lines += [
@@ -195,13 +196,17 @@ def compose(
         (f"checkpoint: {{keep_every: {max(1, epochs // 4)}}}", "`trainkit resume` goes on from these"),
     ]
     here = installed(PLUGINS)
-    needed = ("image_folder", _network(model).partition(":")[0], *(["start_weights"] if weights is not None else []))
+    needed = (
+        "image_folder",
+        _network(model, size).partition(":")[0],
+        *(["start_weights"] if weights is not None else []),
+    )
     if missing := [plugin for plugin in needed if plugin not in here]:
         raise UsageError(f"a recipe for this needs plugins that are not installed: {', '.join(missing)}")
     written = [_commented(line, note) for line, note in lines if line.partition(":")[0] in here]
     left_out = [line.partition(":")[0] for line, _ in lines if line.partition(":")[0] not in here]
     kept = f"# not installed, so not listed: {', '.join(left_out)}\n" if left_out else ""
-    last = "drop_last: true  # the last batch would be one image, of which batch normalization knows no variance\n"
+    last = "drop_last: true  # else the last batch is one image, of which batch normalization knows no variance\n"
     return (
         f"# Train: trainkit run {name}.yaml    Try first: trainkit run {name}.yaml --dry-run\n"
         f"# Any value can be replaced there: trainkit run {name}.yaml epochs=5 batch_size=16\n{kept}"
@@ -209,15 +214,15 @@ def compose(
         f"description: {json.dumps(f'{len(found.classes)} classes of {found.root.name or found.root}')}\n"
         f"epochs: {epochs}\n"
         f"batch_size: {batch}\n"
-        f"{last if images % batch == 1 or not found.divided else ''}"
+        f"{last if images % batch == 1 else ''}"
         "plugins:  # in the order in which they are called\n" + "".join(written)
     )
 
 
-def _network(model: str) -> str:
+def _network(model: str, size: int) -> str:
     kind, _, name = model.partition(":")
     if model == "resnet":
-        return NETWORK
+        return NETWORK % ("" if size <= SMALL else ", strides: [2, 2, 2, 2]")
     if kind in ("timm", "torchvision") and re.fullmatch(r"[\w.]+", name):
         return f"{kind}_model: {{name: {name}}}"
     raise UsageError(f"--model {model!r}: expected resnet, timm:NAME or torchvision:NAME, such as timm:resnet18")

@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import import_module
+from shutil import get_terminal_size
+from textwrap import fill
 from typing import Any, NoReturn
 
 from trainkit import __version__
@@ -113,6 +115,7 @@ def _dispatch(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.more = _actions(first, extra)
     command.add_arguments(parser)
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     try:
@@ -134,6 +137,17 @@ class _Exit(BaseException):
 
 class _Parser(argparse.ArgumentParser):
     """Ends as :class:`_Exit` says."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: --(\w[\w.-]*)[ =]?(\S*)", message)
+        if unknown:
+            message += f"; a value of the recipe is given as {unknown[1].replace('-', '_')}={unknown[2] or 'VALUE'}"
+        elif choices := re.match(r"argument ACTION: invalid choice: (.*?) \(choose from", message):
+            known = ", ".join([*ACTIONS.get(self.prog.split()[-1], ()), *self.more])
+            message = f"no action {choices[1]}; there are {known}"
+        super().error(message)
+
+    more: Sequence[str] = ()  #: actions that plugins add
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         if message:
@@ -181,17 +195,21 @@ def _command(name: str, extra: dict[str, list[Installed]]) -> Any:
     if name in BUILT_IN:
         return import_module(f"trainkit.cli.{name}")
     if actions := _actions(name, extra):
-        raise UsageError(f"`trainkit {name}` needs an action: {', '.join(actions)}")
+        raise UsageError(f"`trainkit {name}` needs an action: {', '.join(sorted(actions))}")
     if name not in extra:
-        near = did_you_mean(name, [*BUILT_IN, *extra]) or "; `trainkit --help` lists what there is"
-        raise UsageError(f"no command {name!r}{near}")
+        known = [*BUILT_IN, *dict.fromkeys(other.partition(".")[0] for other in extra)]
+        raise UsageError(f"no command {name!r}{did_you_mean(name, known)}; there are {', '.join(dict.fromkeys(known))}")
     return only(name, extra[name], "command").load()
 
 
 def _parser(extra: dict[str, list[Installed]]) -> argparse.ArgumentParser:
     commands = {**BUILT_IN, **_extra_commands(extra)}
     width = max(map(len, commands))
-    listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in commands.items())
+    columns = get_terminal_size().columns
+    listing = "\n".join(
+        fill(text or "-", columns, initial_indent=f"  {name:<{width}}  ", subsequent_indent=" " * (width + 4))
+        for name, text in commands.items()
+    )
     parser = argparse.ArgumentParser(
         prog="trainkit",
         usage="trainkit COMMAND ...",

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     profile: dict[tuple[str, str], float] = {}
     overrides = [*args.overrides, *([f"seed={args.seed}"] if args.seed is not None else [])]
     console = terminal(stderr=args.json)
-    recipe = load_recipe(args.recipe, overrides)
+    recipe = load_recipe(_named(args.recipe, console), overrides)
     refuse_meta(recipe)
     numerics.prepare(recipe)
     from trainkit.build import build  # loads torch, which reads the settings of numerics
@@ -66,6 +66,16 @@ def run(args: argparse.Namespace) -> int:
     if args.profile:
         console.print(_profile_table(profile))
     return code
+
+
+def _named(recipe: str, console: Console) -> Path:
+    """Return a recipe's file: `quickstart`, where there is no such file, stands for `recipes/quickstart.yaml`."""
+    path = Path(recipe)
+    inside = Path("recipes") / f"{recipe}.yaml"
+    if path.exists() or path.suffix or path.name != recipe or not inside.is_file():
+        return path
+    console.print(printable(f"recipe: {inside}"), **PLAIN)
+    return inside
 
 
 def refuse_meta(recipe: Recipe) -> None:
