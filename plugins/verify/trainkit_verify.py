@@ -24,7 +24,7 @@ from trainkit import numerics
 from trainkit.cli.output import print_json, printable, table, terminal
 from trainkit.errors import TrainkitError, UsageError
 from trainkit.recipe import load_recipe
-from trainkit.registry import base_name
+from trainkit.registry import COMMANDS, base_name, installed, only
 from trainkit.rundir import MAX_LOG, read_regular
 from trainkit_ledger import FILE, START, Ledger, chain_of, link, record_line, recorded_files
 
@@ -1062,12 +1062,14 @@ examples:
         parser.add_argument(
             "--seconds", type=float, default=30.0, metavar="S", help="for replays (default: 30); inf replays every step"
         )
+        parser.add_argument("--public-key", type=Path, metavar="PEM", help="whose signature an archive must have")
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     @staticmethod
     def run(args: argparse.Namespace) -> int:
         """Check, print each line and the sentence; return 0 if all was checked and nothing differs, else 1."""
         console = terminal(stderr=args.json)
+        signature = None if args.public_key is None else _signature(args.run, args.public_key)
         with _opened(args.run) as run_dir, _status(console) as progress:
             with suppress(TrainkitError):  # what is wrong with the recipe is found below
                 numerics.prepare(load_recipe(run_dir.recipe_path()))
@@ -1080,6 +1082,8 @@ examples:
                 progress=progress,
             )
         found.run = str(args.run)
+        if signature is not None:
+            found.checks.insert(0, signature)
         if args.json:
             checks = [attrs.asdict(check) for check in found.checks]
             facts = {"steps": found.steps, "replayed": found.replayed, "comparable": found.comparable}
@@ -1094,6 +1098,28 @@ examples:
             console.print(made)
             console.print(printable(found.sentence()), markup=False, highlight=False)
         return 0 if found.passed else 1
+
+
+def _signing() -> Any:
+    """Return the command that signs.
+
+    Raises:
+        UsageError: no package provides it.
+    """
+    records = installed(COMMANDS).get("runs.sign", [])
+    if not records:
+        raise UsageError("no installed package signs: `pip install -e ./plugins/signing` in trainkit's checkout does")
+    return only("runs.sign", records, "command").load()
+
+
+def _signature(path: Path, key: Path) -> Check:
+    """Hold the signature beside an archive against a public key."""
+    if path.is_dir():
+        raise UsageError("--public-key: the directory of a run has no signature; `trainkit runs seal --sign` makes one")
+    objection = _signing().objection(path, key)
+    if objection:
+        return Check("signature", "differs", objection)
+    return Check("signature", "proved", f"of the key {key.name}, over every byte of the archive")
 
 
 @contextmanager
@@ -1114,6 +1140,7 @@ class _Seal:
         """Declare the command's arguments."""
         parser.add_argument("run", metavar="RUN_DIR", type=Path, help="the directory of a run")
         parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the directory's name and .zip")
+        parser.add_argument("--sign", type=Path, metavar="PEM", help="sign it with this private key (plugin `signing`)")
 
     @staticmethod
     def run(args: argparse.Namespace) -> int:
@@ -1123,8 +1150,11 @@ class _Seal:
         run_dir = RunDir(args.run)
         run_dir.recipe_path()
         target = args.output or Path(f"{args.run.resolve().name}.zip")
+        signing = None if args.sign is None else _signing()
         size = seal(run_dir, target)
         print(f"{printable(target)}: {size / 1e6:.1f} MB; check it with: trainkit verify {printable(target)}")
+        if signing is not None:
+            print(f"{printable(signing.sign(target, args.sign))}: its signature")
         return 0
 
 
