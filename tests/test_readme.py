@@ -43,7 +43,8 @@ def test_links_lead_somewhere():
 
 def commands(text):
     """Return the words of each `trainkit` command in a text's blocks of shell commands, without `trainkit`."""
-    lines = "".join(re.findall(r"```(?:sh)?\n(.*?)```", text, re.DOTALL)).splitlines()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = "".join(lines for language, lines in blocks if language in ("", "sh")).splitlines()
     parts = [part.strip() for line in lines for part in line.split("&&")]
     return [shlex.split(part, comments=True)[1:] for part in parts if part.startswith("trainkit ")]
 
@@ -66,7 +67,7 @@ def test_commands_are_understood(readme, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert cli.main(words) == 0
     (args,) = understood
-    if hasattr(args, "recipe"):
+    if hasattr(args, "recipe") and args.recipe != "photos.yaml":  # which the command before it writes
         recipe = load_recipe(args.recipe, args.overrides)
         for name, found in find(recipe).items():
             make_options(recipe, name, found.load())
