@@ -50,6 +50,7 @@ __all__ = [
     "pack_state",
     "parse_json",
     "read_regular",
+    "unpack_state",
 ]
 
 #: The most bytes that are read of a JSON document, of a log or table with a row an epoch or a step, of a checkpoint.
@@ -307,8 +308,6 @@ class RunDir:
         Raises:
             CheckpointError: it is missing, truncated or altered, or holds more than tensors and plain values.
         """
-        import torch
-
         path = self.path / "checkpoints" / f"{name}.pt"
         try:
             data = read_regular(path, MAX_CHECKPOINT)
@@ -321,15 +320,7 @@ class RunDir:
         body, digest = data[:-DIGEST_SIZE], data[-DIGEST_SIZE:]
         if blake2b(body, digest_size=DIGEST_SIZE).digest() != digest:
             raise CheckpointError(f"{path}: damaged: its checksum does not match its {len(data):,} bytes")
-        _refuse_inflated(path, data)
-        try:
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except Exception as error:  # its message advises to load without protection, so none of it is repeated
-            named = re.search(r"GLOBAL ([\w.]+)", str(error))
-            reason = f"it names {named[1]}, and loading that could run code" if named else "torch cannot read it"
-            raise CheckpointError(
-                f"{path}: refused: not a checkpoint of tensors and plain values: {reason}; use one that trainkit wrote"
-            ) from error
+        state = unpack_state(path, data)
         if not isinstance(state, dict):
             raise CheckpointError(f"{path}: not a checkpoint of trainkit")
         return state
@@ -372,6 +363,29 @@ class RunDir:
             OSError: it is missing, no regular file, or larger than anything that a run writes.
         """
         return read_regular(self.path / name, MAX_LOG)
+
+
+def unpack_state(path: Path, data: bytes) -> Any:
+    """Return what ``torch.save`` packed. Nothing in it can run code, or take more memory than its own size.
+
+    Args:
+        path: where it was read, for the error.
+        data: the file's content.
+
+    Raises:
+        CheckpointError: it is compressed, or holds more than tensors and plain values.
+    """
+    import torch
+
+    _refuse_inflated(path, data)
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # its message advises to load without protection, so none of it is repeated
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it names {named[1]}, and loading that could run code" if named else "torch cannot read it"
+        raise CheckpointError(
+            f"{path}: refused: not a checkpoint of tensors and plain values: {reason}; use one that trainkit wrote"
+        ) from error
 
 
 def _refuse_inflated(path: Path, data: bytes) -> None:

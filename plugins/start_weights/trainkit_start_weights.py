@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from trainkit import Run
-from trainkit.errors import RecipeError
+from trainkit.errors import CheckpointError, RecipeError
 from trainkit.plugin import hookimpl, plugin, recipe_file
-from trainkit.rundir import MAX_CHECKPOINT, read_regular
+from trainkit.rundir import MAX_CHECKPOINT, read_regular, unpack_state
 
 __all__ = ["StartWeights", "read_state_dict"]
 
@@ -86,15 +84,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     try:
         content = read_regular(path, MAX_CHECKPOINT)
-        found = _from_safetensors(content) if path.suffix == ".safetensors" else _from_torch(content)
+        found = _from_safetensors(content) if path.suffix == ".safetensors" else _from_torch(path, content)
+    except CheckpointError as error:
+        raise RecipeError(f"'file': {error}") from error
     except OSError as error:
         cure = "; name a file, or the directory of a run that saved checkpoints" if path.is_dir() else ""
         raise RecipeError(f"'file': {path}: cannot be read: {error.strerror}{cure}") from error
-    except Exception as error:  # torch, pickle, zipfile and safetensors raise many kinds
-        said = str(error).splitlines()[0].partition("weights_only")[0][:200] if str(error) else type(error).__name__
+    except Exception as error:  # safetensors raises an error of its own
+        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise RecipeError(
-            f"'file': {path}: holds no weights that can be read safely: {said.strip()}; save them with "
-            "`torch.save(model.state_dict(), FILE)`"
+            f"'file': {path}: holds no weights: {said}; save them with `torch.save(model.state_dict(), FILE)`"
         ) from error
     for key in ("model", "state_dict", "model_state_dict"):
         inner = found.get(key)
@@ -106,8 +105,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _from_torch(content: bytes) -> dict[str, Any]:
-    found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+def _from_torch(path: Path, content: bytes) -> dict[str, Any]:
+    found = unpack_state(path, content)
     if not isinstance(found, Mapping):
         raise TypeError(f"a {type(found).__name__} instead of a state dict")
     return dict(found)

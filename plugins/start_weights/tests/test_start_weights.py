@@ -104,7 +104,7 @@ class Evil:
         ({"a": torch.zeros(1)}, ["plugins.start_weights.strict=false"], "it lacks"),
         ({"model": {"a": 1}}, [], "holds no tensors by name"),
         ([1], [], "a list instead of a state dict"),
-        (Evil(), [], "holds no weights that can be read safely"),
+        (Evil(), [], "refused: not a checkpoint of tensors and plain values"),
         (None, [], "start.pt: cannot be read: No such file"),
         (None, ["plugins.start_weights.file=."], "name a file, or the directory of a run"),
     ],
