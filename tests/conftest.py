@@ -3,6 +3,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: one thread ea
 
 _cache = tempfile.TemporaryDirectory(prefix="trainkit-tests-cache-")  # removed when the interpreter ends
 os.environ["XDG_CACHE_HOME"] = _cache.name  # what runs keep of data is not the user's here
+
+from .processes import Process  # noqa: E402  (loads trainkit)
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,6 +51,12 @@ def trainkit(tmp_path):
     """Starts the real command line in an empty directory."""
 
     def start(*args, timeout=120, **options):
+        if not options:  # as the command line is started, but for loading torch
+            with Process(*args, folder=tmp_path) as process:
+                process.wait(timeout)
+                return SimpleNamespace(
+                    returncode=process.returncode, stdout=process.printed("stdout"), stderr=process.printed("stderr")
+                )
         command = [sys.executable, "-m", "trainkit", *map(str, args)]
         options = {"cwd": tmp_path, "capture_output": True, "text": True, **options}
         return subprocess.run(command, timeout=timeout, check=False, **options)

@@ -14,20 +14,21 @@ _context.set_forkserver_preload(["trainkit.cli.run", "trainkit.session", "torchv
 
 
 class Process:
-    """One command, started in the current folder; what it prints, to either stream, goes to a file.
+    """One command, started in the current folder; what it prints goes to files.
 
     Args:
         arguments: of the command line.
+        folder: where it is started; by default the current folder.
         before: called in the process before the command; a function of a module.
     """
 
-    def __init__(self, *arguments, before=None):
-        handle, name = tempfile.mkstemp(prefix="trainkit-tests-output-")
-        os.close(handle)
-        self._output = Path(name)
+    def __init__(self, *arguments, folder=None, before=None):
+        self._outputs = tempfile.TemporaryDirectory(prefix="trainkit-tests-output-")
         arguments = [str(argument) for argument in arguments]
-        self._process = _context.Process(target=_run, args=(arguments, os.getcwd(), name, before))
+        given = (arguments, str(folder or os.getcwd()), self._outputs.name, before)
+        self._process = _context.Process(target=_run, args=given)
         self._process.start()
+        self.pid = self._process.pid
 
     def __enter__(self):
         return self
@@ -36,7 +37,7 @@ class Process:
         if self.poll() is None:
             self.kill()
         self._process.join()
-        self._output.unlink()
+        self._outputs.cleanup()
 
     @property
     def returncode(self):
@@ -54,16 +55,21 @@ class Process:
             os.kill(self._process.pid, number)
 
     def wait(self, timeout=60):
-        """Wait for the end and return all that was printed."""
+        """Wait for the end and return all that was printed, the standard output first."""
         self._process.join(timeout)
-        assert self._process.exitcode is not None, self._output.read_text()
-        return self._output.read_text()
+        assert self._process.exitcode is not None, self.printed("stdout") + self.printed("stderr")
+        return self.printed("stdout") + self.printed("stderr")
+
+    def printed(self, stream):
+        """Return what was printed so far to ``stdout`` or ``stderr``."""
+        path = Path(self._outputs.name) / stream
+        return path.read_text() if path.exists() else ""
 
 
-def _run(arguments, folder, output, before):
-    with open(output, "w") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
+def _run(arguments, folder, outputs, before):
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        with open(os.path.join(outputs, name), "w") as stream:
+            os.dup2(stream.fileno(), number)
     os.chdir(folder)
     if before:
         before()

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -13,6 +12,10 @@ from PIL import Image
 
 from trainkit.cli import main
 from trainkit.rundir import RunDir
+
+from .processes import Process
+
+pytestmark = pytest.mark.xdist_group("processes")  # what takes long to make is made in one process
 
 STREAMED = """\
 name: streamed
@@ -44,17 +47,11 @@ def streamed(tmp_path, monkeypatch):
     return tmp_path
 
 
-def start(*arguments):
-    command = [sys.executable, "-m", "trainkit", *map(str, arguments)]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, start_new_session=True, **output)
-
-
 def begin(folder):
-    process = start("run", "streamed.yaml", "--run-dir", "out")
+    process = Process("run", "streamed.yaml", "--run-dir", "out", before=os.setsid)
     deadline = time.monotonic() + 60
     while not (folder / "out" / "checkpoints" / "previous.pt").exists():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.wait()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     return process
@@ -67,7 +64,7 @@ def workers_of(process):
 
 def finish(process):
     try:
-        return process.communicate(timeout=60)[0]
+        return process.wait()
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -62,11 +62,13 @@ plugins:
 RESUMED = """\
 import json, shutil, torch, trainkit
 
+pytestmark = pytest.mark.xdist_group("environments")  # what takes long to make is made in one process
+
 teacher = ["plugins.distill=false", "plugins.finetune=false", "plugins.swa=false", "seed=3", "epochs=1"]
 trainkit.fit(trainkit.build(trainkit.load_recipe("together.yaml", teacher)), "teacher")
 shutil.copy("teacher/checkpoints/last.pt", "teacher.pt")
 straight = trainkit.fit(trainkit.build(trainkit.load_recipe("together.yaml")), "straight")
-cut = trainkit.load_recipe("together.yaml", {"plugins.stop.after": 1})
+cut = trainkit.load_recipe("together.yaml", {"plugins.stop.after": 3})
 results = [trainkit.fit(trainkit.build(cut), "cut")]
 while results[-1].status != "completed":
     results.append(trainkit.resume("cut"))
@@ -167,10 +169,10 @@ def together():
 
 
 @pytest.mark.slow
-def test_a_run_of_them_that_stops_at_every_safe_point_ends_the_same(together, tmp_path):
+def test_a_run_of_them_that_stops_again_and_again_ends_the_same(together, tmp_path):
     (tmp_path / "together.yaml").write_text(TOGETHER)
     statuses, same, straight, cut = together.evaluate(RESUMED, cwd=tmp_path)
-    assert statuses == ["stopped"] * 14 + ["completed"]  # twelve steps, two epochs before the last
+    assert statuses == ["stopped"] * 4 + ["completed"]
     assert all(same)
     assert cut == straight
 

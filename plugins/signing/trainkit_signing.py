@@ -50,6 +50,7 @@ examples:
         Raises:
             UsageError: a file cannot be read, or the key is none.
         """
+        import OpenSSL  # noqa: F401  (model-signing 1.1 needs it and does not require it)
         from model_signing import signing
 
         _must_be_file(archive)

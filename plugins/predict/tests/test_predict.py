@@ -8,6 +8,8 @@ from PIL import Image
 from trainkit import load_model
 from trainkit.cli import main
 
+pytestmark = pytest.mark.xdist_group("predict")  # what takes long to make is made in one process
+
 RECIPE = """\
 name: colours
 epochs: 6
