@@ -17,8 +17,6 @@ from trainkit.cli.output import number, printable
 from trainkit.cli.run import _resume_command
 from trainkit.rundir import RunDir, pack_state
 
-pytestmark = pytest.mark.xdist_group("processes")  # what takes long to make is made in one process
-
 
 @pytest.mark.slow
 def test_run_reports_and_leaves_a_complete_directory(small, trainkit):

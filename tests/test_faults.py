@@ -15,8 +15,6 @@ from trainkit.rundir import RunDir
 
 from .processes import Process
 
-pytestmark = pytest.mark.xdist_group("processes")  # what takes long to make is made in one process
-
 STREAMED = """\
 name: streamed
 epochs: 1000

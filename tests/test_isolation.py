@@ -9,7 +9,7 @@ from trainkit import load_recipe
 
 from .environments import PLUGINS, ROOT, THIRD_PARTY, environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("environments")]
+pytestmark = pytest.mark.slow
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 
 # ``figures`` draws at the end, for seconds, and has no part in the numbers

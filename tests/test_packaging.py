@@ -19,8 +19,6 @@ from trainkit import __version__
 
 from .environments import PLUGINS, ROOT, Environment, distribution, environment, wheel
 
-pytestmark = pytest.mark.xdist_group("environments")  # what takes long to make is made in one process
-
 SAMPLE = ("sgd", "runs")  # a provider and a command
 
 each_plugin = pytest.mark.parametrize("plugin", PLUGINS)

@@ -18,8 +18,6 @@ from trainkit.rundir import RunDir, pack_state
 
 from .processes import Process
 
-pytestmark = pytest.mark.xdist_group("processes")  # what takes long to make is made in one process
-
 EVERY = ["plugins.checkpoint.every_steps=1"]
 # A schedule that is made for more epochs than a run has at first, so that the run may become longer.
 LONG = "plugins.cosine_annealing_lr.t_max=9"

@@ -62,8 +62,6 @@ plugins:
 RESUMED = """\
 import json, shutil, torch, trainkit
 
-pytestmark = pytest.mark.xdist_group("environments")  # what takes long to make is made in one process
-
 teacher = ["plugins.distill=false", "plugins.finetune=false", "plugins.swa=false", "seed=3", "epochs=1"]
 trainkit.fit(trainkit.build(trainkit.load_recipe("together.yaml", teacher)), "teacher")
 shutil.copy("teacher/checkpoints/last.pt", "teacher.pt")

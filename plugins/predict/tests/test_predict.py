@@ -8,8 +8,6 @@ from PIL import Image
 from trainkit import load_model
 from trainkit.cli import main
 
-pytestmark = pytest.mark.xdist_group("predict")  # what takes long to make is made in one process
-
 RECIPE = """\
 name: colours
 epochs: 6
@@ -46,6 +44,9 @@ def run(tmp_path_factory):
         patch.chdir(folder)
         assert main(["run", "colours.yaml", "--run-dir", "run"]) == 0
         (folder / "images").rename(folder / "photos")
+        read = load_model("run").read
+        images = np.stack([read(path).numpy() for path in sorted((folder / "photos" / "test").rglob("*.png"))])
+        np.save("first.npy", images)
     return folder
 
 
@@ -68,9 +69,7 @@ def test_predictions_of_the_test_files_give_the_recorded_accuracy(run, capsys):
 def test_arrays_files_and_python_say_the_same(run, capsys):
     paths = sorted((run / "photos" / "test").rglob("*.png"))
     model = load_model("run")
-    images = np.stack([model.read(path).numpy() for path in paths])
-    np.save("first.npy", images)
-    np.save("last.npy", images.transpose(0, 2, 3, 1))
+    np.save("last.npy", np.load("first.npy").transpose(0, 2, 3, 1))
     found = []
     for given in (["photos/test"], ["first.npy"], ["last.npy"]):
         assert main(["predict", "run", *given, "--json", "--probabilities"]) == 0

@@ -10,8 +10,6 @@ import pytest
 from trainkit import hookspecs
 from trainkit.cli import main
 
-pytestmark = pytest.mark.xdist_group("scaffold")  # what takes long to make is made in one process
-
 HOOKS = [name for phase in hookspecs.PHASES for name in vars(phase) if name[0] != "_"]
 OF_EACH_KIND = ["data", "transform_model", "scheduler", "step_end"]  # one, chain, list, notify
 ROOT = Path(__file__).parents[3]

@@ -20,8 +20,6 @@ from trainkit.session import reopen
 from trainkit_ledger import START, chain_of, link, record_line, recorded_files
 from trainkit_verify import Verification, seal, verify
 
-pytestmark = pytest.mark.xdist_group("verify")  # what takes long to make is made in one process
-
 RECIPE = """\
 name: small
 epochs: 3
