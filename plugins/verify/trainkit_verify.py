@@ -41,6 +41,7 @@ __all__ = ["SEAL", "VERIFY", "Check", "Verification", "seal", "verify"]
 Verdict = Literal["proved", "agrees", "differs", "not possible"]
 
 TOLERANCE = {"accuracy": 1.0, "other": 0.05}  # percentage points of an accuracy; share of any other metric
+STAGES = 4  # files, record, replays, evaluation
 WITHIN = f"within {TOLERANCE['accuracy']:g} point of accuracy and {TOLERANCE['other']:.0%} of any other metric"
 STRANGE = (OSError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError)  # what a forged file may raise
 
@@ -1124,9 +1125,17 @@ def _signature(path: Path, key: Path) -> Check:
 
 @contextmanager
 def _status(console: Console) -> Iterator[Callable[[str], None]]:
-    """Show what is being done, on a terminal."""
-    with console.status("files") as status:
-        yield status.update
+    """Show what is being done and how much is left, on a terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("files", total=STAGES, completed=-1)  # the first stage begins, none is done
+
+        def begin(stage: str) -> None:
+            progress.update(task, description=stage, advance=1)
+
+        yield begin
 
 
 class _Seal:
