@@ -1,18 +1,21 @@
 """From a recipe to a run: what is built in which order, and what is refused before the first step."""
 
+import json
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from trainkit import Gather, Recipe, build, fit
+from trainkit import Gather, Recipe, build, fit, load_recipe, provenance, resume
 from trainkit.build import build_with
 from trainkit.errors import DataError, PluginError, RecipeError
 from trainkit.hooks import register
 from trainkit.plugin import hookimpl, plugin
+from trainkit.session import reopen
 from trainkit.testing import build_run, fake_data, parameters_of
 
 
@@ -325,3 +328,42 @@ def test_a_split_that_a_plugin_emptied_is_refused():
 
     with pytest.raises(DataError, match="plugin 'p', transform_data: the test split has no images"):
         build_run({"p": Empties()})
+
+
+@plugin
+class Half:
+    """Halves the loss."""
+
+    factor: float = 0.5
+    before = ("metrics",)
+
+    @hookimpl
+    def transform_loss(self, loss):
+        return loss * self.factor
+
+
+def test_instances_from_a_notebook_take_part_and_are_recorded(small, monkeypatch):
+    run = build(load_recipe(small), plugins={"half": Half(factor=0.25)})
+    assert list(run.hooks.plugins).index("half") == list(run.hooks.plugins).index("metrics") - 1
+    fit(run, "out", max_steps=2)
+    (locked,) = (p for p in json.loads(Path("out/plugins.lock.json").read_text()) if p["name"] == "half")
+    assert locked["options"] == {"factor": 0.25}
+    assert locked["code"] == provenance.file_digest(Path(__file__))
+    assert load_recipe("out/recipe.yaml").plugins["half"] == {"factor": 0.25}
+    with pytest.raises(PluginError, match="plugin 'half' is not installed"):
+        reopen("out")
+    assert resume("out", plugins={"half": Half(factor=0.25)}).status == "completed"
+    replaced = build(load_recipe(small), plugins={"sgd": Quarter()})
+    assert isinstance(replaced.hooks.plugins["sgd"].instance, Quarter)
+    for wrong in (Half, object()):
+        with pytest.raises(PluginError, match="expected an instance of a class decorated with @plugin"):
+            build(load_recipe(small), plugins={"half": wrong})
+
+
+@plugin
+class Quarter:
+    """Provides an optimizer."""
+
+    @hookimpl
+    def optimizer(self, params):
+        return torch.optim.SGD(params, lr=0.25)

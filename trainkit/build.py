@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -17,7 +18,9 @@ from trainkit import numerics, provenance
 from trainkit.data import Batches, Data
 from trainkit.errors import PluginError, RecipeError
 from trainkit.hooks import CallWrapper, Hooks, Implementation, load_plugins
+from trainkit.plugin import declared
 from trainkit.recipe import Recipe
+from trainkit.registry import base_name
 from trainkit.rng import torch_seed
 from trainkit.run import Run, Schedule, count_parameters, epoch_order
 from trainkit.transforms import Pipeline, Transform
@@ -32,12 +35,20 @@ _GENERATOR = threading.Lock()
 
 
 def build(
-    recipe: Recipe, *, console: Console | None = None, wrap_call: CallWrapper | None = None, dry: bool = False
+    recipe: Recipe,
+    *,
+    plugins: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+    wrap_call: CallWrapper | None = None,
+    dry: bool = False,
 ) -> Run:
     """Build all that a recipe describes, ready for :func:`trainkit.fit`. Nothing is written.
 
     Args:
         recipe: from :func:`trainkit.load_recipe`.
+        plugins: instances by name, as one writes them in a notebook: one that the recipe lists takes that place, any
+            other comes last, or before the first that its class says it must precede. The record has the content of the
+            module that defines it, where that is a file, and its options.
         console: where plugins print for people; by default the standard output.
         wrap_call: wraps every hook call, for profiling and tracing.
         dry: whether the run is only tried, so that nothing may be fetched.
@@ -45,7 +56,28 @@ def build(
     Raises:
         TrainkitError: the recipe, a plugin or the data are wrong.
     """
-    return build_with(recipe, load_plugins(recipe, wrap_call), console, dry=dry)
+    recipe = _with_instances(recipe, plugins or {})
+    return build_with(recipe, load_plugins(recipe, wrap_call, plugins), console, dry=dry)
+
+
+def _with_instances(recipe: Recipe, plugins: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that lists instances with their options.
+
+    Raises:
+        PluginError: one is a class, or no plugin.
+    """
+    listed = dict(recipe.plugins)
+    for name, instance in plugins.items():
+        if isinstance(instance, type) or not attrs.has(type(instance)):
+            raise PluginError(
+                f"build(plugins={{{name!r}: ...}}): expected an instance of a class decorated with @plugin"
+            )
+        later = declared(type(instance), "before")
+        place = next((n for n, other in enumerate(listed) if base_name(other) in later), len(listed))
+        items = [item for item in listed.items() if item[0] != name]
+        at = list(listed).index(name) if name in listed else place
+        listed = dict([*items[:at], (name, provenance.options_of(instance)), *items[at:]])
+    return attrs.evolve(recipe, plugins=listed)
 
 
 def build_with(recipe: Recipe, hooks: Hooks, console: Console | None = None, *, dry: bool = False) -> Run:

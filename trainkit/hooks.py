@@ -235,15 +235,26 @@ def _positional(function: Callable[..., Any], wanted: tuple[str, ...], offered: 
     return lambda *args: function(*[args[position] for position in positions])
 
 
-def load_plugins(recipe: Recipe, wrap_call: CallWrapper | None = None) -> Hooks:
+def load_plugins(recipe: Recipe, wrap_call: CallWrapper | None = None, given: Mapping[str, Any] | None = None) -> Hooks:
     """Import, construct, order-check and register the plugins that a recipe lists.
+
+    Args:
+        recipe: the recipe.
+        wrap_call: wraps every hook call.
+        given: plugins that are there already, by the names under which the recipe lists them.
 
     Raises:
         PluginError: one is missing, broken, misplaced, in conflict, or implements a hook that does not exist.
         RecipeError: an option is unknown, has the wrong type or fails its validator.
     """
     plugins = []
-    for name, found in find(recipe).items():
+    given = given or {}
+    installed = find(attrs.evolve(recipe, plugins={k: v for k, v in recipe.plugins.items() if k not in given}))
+    for name in recipe.plugins:
+        if name in given:
+            plugins.append(LoadedPlugin(name, given[name]))
+            continue
+        found = installed[name]
         cls = load_class(found)
         try:
             plugins.append(LoadedPlugin(name, make_options(recipe, name, cls), found))

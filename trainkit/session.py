@@ -307,25 +307,31 @@ def evaluate(run: Run, split: str | None = None, *, eval_batches: int | None = N
 
 
 def resume(
-    run_dir: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), *, allow_changes: bool = False
+    run_dir: str | Path,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    plugins: Mapping[str, Any] | None = None,
+    allow_changes: bool = False,
 ) -> Result:
     """Continue a run from its last checkpoint, exactly, to its end.
 
     Args:
         run_dir: the directory of a run.
         overrides: values of its recipe to replace, as for :func:`trainkit.load_recipe`.
+        plugins: instances by name, where it was built with such.
         allow_changes: continue although the result will differ; what differs is recorded.
 
     Raises:
         TrainkitError: something that matters has changed, or the run fails.
     """
-    return fit(reopen(run_dir, overrides, allow_changes=allow_changes))
+    return fit(reopen(run_dir, overrides, plugins=plugins, allow_changes=allow_changes))
 
 
 def reopen(
     run_dir: str | Path,
     overrides: Sequence[str] | Mapping[str, Any] = (),
     *,
+    plugins: Mapping[str, Any] | None = None,
     allow_changes: bool = False,
     console: Console | None = None,
 ) -> Run:
@@ -336,7 +342,7 @@ def reopen(
     directory = RunDir(Path(run_dir))
     recipe = load_recipe(directory.recipe_path(), overrides)
     state, notice = directory.load_latest()
-    run = build(recipe, console=console)
+    run = build(recipe, plugins=plugins, console=console)
     if notice:
         _say(run, notice)
     kept = provenance.of_contents(provenance.of_state(state).get("replaced", ()))
