@@ -21,6 +21,8 @@ from .environments import PLUGINS, ROOT, Environment, distribution, environment,
 
 SAMPLE = ("sgd", "runs")  # a provider and a command
 
+SLOW_IMPORTS = ("compile", "timm_model")  # five seconds each, which their own tests spend, too
+
 each_plugin = pytest.mark.parametrize("plugin", PLUGINS)
 
 
@@ -190,10 +192,7 @@ def check(item):
             plugins["several_labels"] = SeveralLabels()
         if name == "start_weights":
             torch.save(Network(3, 4).state_dict(), "weights.pt")
-        if name == "compile":  # compiling takes half a minute, and its own tests do it
-            build_run(plugins)
-        else:
-            assert run_steps(plugins, steps=1).step == 1
+        assert run_steps(plugins, steps=1).step == 1
     return sorted(module for module in sys.modules if module.startswith("trainkit_"))
 
 def report(item):
@@ -245,12 +244,13 @@ def alone(tmp_path_factory):
             readme_options(plugin) if is_plugin(plugin) else None,
         )
         for plugin in PLUGINS
+        if plugin not in SLOW_IMPORTS
     ]
     reports = environment(ROOT).evaluate(ALONE, json.dumps(items), cwd=folder)
     return {plugin: (modules, error) for plugin, modules, error in reports}
 
 
-@each_plugin
+@pytest.mark.parametrize("plugin", [plugin for plugin in PLUGINS if plugin not in SLOW_IMPORTS])
 def test_it_works_alone_beside_the_core(plugin, alone):
     """With the recipe lines of its own README it trains a step; of its kind, it imports itself alone."""
     modules, error = alone[plugin]
