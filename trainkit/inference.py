@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
     from trainkit.images import Size
 
-__all__ = ["Images", "LoadedModel", "confusion_matrix", "evaluated_model", "load_model"]
+__all__ = ["Images", "LoadedModel", "confusion_matrix", "evaluated_model", "load_model", "read_safetensors"]
 
 #: Images as :meth:`LoadedModel.preprocess` takes them.
 Images = Tensor | NDArray[np.uint8] | str | os.PathLike[str] | Sequence["str | os.PathLike[str]"]
@@ -122,21 +121,13 @@ class LoadedModel:
 
 
 def _parts(images: Images) -> Iterator[Images]:
+    """Yield a hundred images at a time."""
     if isinstance(images, str | os.PathLike):
-        yield images
-    elif isinstance(images, Tensor | np.ndarray):
-        if images.ndim == 3:
-            images = images[None]
-        for start in range(0, len(images), BATCH):
-            yield images[start : start + BATCH]
-    else:
-        yield from _batched(images)
-
-
-def _batched(paths: Iterable[Any]) -> Iterator[list[Any]]:
-    waiting = iter(paths)
-    while batch := list(islice(waiting, BATCH)):
-        yield batch
+        images = [images]
+    if isinstance(images, Tensor | np.ndarray) and images.ndim == 3:
+        images = images[None]
+    for start in range(0, len(images), BATCH):
+        yield images[start : start + BATCH]
 
 
 @attrs.frozen
@@ -162,8 +153,8 @@ def load_model(
 
     Args:
         run_dir: the directory of a run.
-        checkpoint: ``best``, ``last`` or another file's name in ``checkpoints/``. Where there is no best, because no
-            metric says what is better, ``last`` is what there is.
+        checkpoint: ``best``, ``last`` or another file's name in ``checkpoints/``; where that file is absent, in
+            ``weights/``.
         device: where it computes; by default the recipe's device.
         console: where plugins print for people; by default nowhere.
 
@@ -174,7 +165,7 @@ def load_model(
     recipe = load_recipe(directory.recipe_path(), [] if device is None else [f"device={device}"])
     weights = directory.path / "weights" / f"{checkpoint}.safetensors"
     is_evaluated = weights.exists() and not (directory.path / "checkpoints" / f"{checkpoint}.pt").exists()
-    state = read_safetensors(weights) if is_evaluated else directory.load_state(checkpoint)
+    state = _stored(weights) if is_evaluated else directory.load_state(checkpoint)
     data = _described(directory)
     run = build_network(recipe, load_plugins(recipe), data, console or _nowhere())
     try:
@@ -194,11 +185,26 @@ def load_model(
     )
 
 
-def read_safetensors(path: Path) -> dict[str, Any]:
-    """Return a network as the plugin `weights` stores it: ``model``, a state dict, and ``position``.
+def _stored(path: Path) -> dict[str, Any]:
+    """Return what is needed of a checkpoint from a network that was stored for use elsewhere.
 
     Raises:
-        CheckpointError: it cannot be read, or is not what the plugin writes.
+        CheckpointError: it cannot be read, or was not stored by trainkit.
+    """
+    model, metadata = read_safetensors(path)
+    try:
+        return {"model": model, "position": {"epoch": json.loads(metadata["trainkit"])["epoch"]}}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a network that trainkit stored: {error!r}") from error
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file by name, and its metadata.
+
+    Where the metadata have an entry ``shared``, a JSON object, the names in it stand for the tensors that they name.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no such file.
     """
     try:
         from safetensors.torch import load
@@ -208,14 +214,15 @@ def read_safetensors(path: Path) -> dict[str, Any]:
         ) from error
     try:
         content = read_regular(path, MAX_CHECKPOINT)
-        model = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-        shared = json.loads(header["shared"])
-        epoch = int(json.loads(header["trainkit"])["epoch"])
-        model.update({name: model[kept] for name, kept in shared.items()})
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata: dict[str, str] = header.get("__metadata__", {})
+        tensors.update({name: tensors[kept] for name, kept in json.loads(metadata.get("shared", "{}")).items()})
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except Exception as error:  # safetensors raises an error of its own
-        raise CheckpointError(f"{path}: not what the plugin weights writes: {error}") from error
-    return {"model": model, "position": {"epoch": epoch}}
+        raise CheckpointError(f"{path}: not a safetensors file: {' '.join(str(error).split())[:200]}") from error
+    return tensors, metadata
 
 
 def _described(directory: RunDir) -> Data:

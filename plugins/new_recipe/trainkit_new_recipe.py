@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shlex
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -31,6 +32,9 @@ TEST_FOLDERS = ("test", "val", "valid", "validation")
 TABLE_BYTES = 2**28
 NETWORK = "resnet: {stem: 32, blocks: [2, 2, 2, 2], channels: [32, 64, 128, 256]%s}"
 SMALL = 48  # pixels of a side up to which the network keeps the full resolution in its first stage
+SGD = "sgd: {lr: 0.05, momentum: 0.9, weight_decay: 5.0e-4, nesterov: true}"
+ADAMW = "adamw: {lr: 3.0e-4, weight_decay: 0.05}"  # where it starts from weights
+HELD_OUT = 0.15  # of the training images, as validation images
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # what published weights were trained with
 
 
@@ -96,18 +100,22 @@ def survey(data: Path) -> Survey:
 
 
 def _of_folder(data: Path) -> tuple[dict[str, object], list[str], set[str], set[str]]:
-    named = {entry.name: entry.name for entry, status in entries(data) if (data / entry.name).is_dir()}
-    if "train" in named:
-        test = next((name for name in TEST_FOLDERS if name in named), None)
+    folders = _folders(data)
+    if "train" in folders:
+        test = next((name for name in TEST_FOLDERS if name in folders), None)
         options: dict[str, object] = {} if test in (None, "test") else {"test": test}
         place, splits = data / "train", {"train"} if test is None else {"train", "test"}
     else:
         options, place, splits = {"train": "."}, data, {"train"}
-    classes = {entry.name for entry, status in entries(place) if (place / entry.name).is_dir()}
+    classes = _folders(place)
     paths = [path for name in sorted(classes) for path in find_images(place / name).paths]
     if classes and not paths:
         raise DataError(f"{place}: its {len(classes)} folders hold no images")
     return options, paths, classes, splits
+
+
+def _folders(place: Path) -> set[str]:
+    return {entry.name for entry, status in entries(place) if stat.S_ISDIR(status.st_mode)}
 
 
 def _of_table(path: Path) -> tuple[list[str], set[str], set[str]]:
@@ -155,31 +163,34 @@ def compose(
         UsageError: the model is named in another way, or what it needs is not installed.
     """
     size = size or found.size
-    held_out = 0 if found.validated else 0.15
-    images = round(found.images * (1 if found.divided else 0.8) * (1 - held_out))
+    network = _network(model, size)
+    needed = ["image_folder", _plugin(network), *(["start_weights"] if weights is not None else [])]
+    here = installed(PLUGINS)
+    if missing := [plugin for plugin in needed if plugin not in here]:
+        raise UsageError(f"a recipe for this needs plugins that are not installed: {', '.join(missing)}")
+    images = round(found.images * (1 if found.divided else 0.8) * (1 if found.validated else 1 - HELD_OUT))
     batch = 2 ** int(math.log2(min(64, max(4, images / 4))))
     epochs = min(100, max(10, round(STEPS * batch / max(images, 1))))
-    epochs = min(epochs, 30) if weights is not None else epochs
-    mean, std = IMAGENET if weights is not None and model != "resnet" else (found.mean, found.std)
+    mean, std, optimizer = found.mean, found.std, SGD
+    if weights is not None:
+        epochs, optimizer = min(epochs, 30), ADAMW
+        mean, std = (mean, std) if model == "resnet" else IMAGENET
     options = {"root": str(found.root), **found.options, "size": size}
-    rate = "adamw: {lr: 3.0e-4, weight_decay: 0.05}" if weights is not None else ""
-    optional = [
-        (f"hold_out: {{fraction: {held_out}}}", "images that choose the best epoch; the test images are looked at once")
-        if held_out
-        else ("", ""),
+    lines = [(f"image_folder: {_flow(options)}", f"{found.images:,} images of {len(found.classes)} classes")]
+    if not found.validated:
+        lines.append((f"hold_out: {{fraction: {HELD_OUT}}}", "these choose the best epoch, test images do not"))
+    lines += [
         (f"random_resized_crop: {{size: {size}, scale: [0.5, 1.0]}}", "augmentation; closer to 1.0 crops less"),
         ("random_horizontal_flip:", "drop it where left and right have a meaning, as in letters"),
         ("color_jitter: {brightness: 0.2, contrast: 0.2, saturation: 0.2}", "drop it where colours decide"),
+        (f"normalize: {{mean: {mean}, std: {std}}}", "of the channels, 0 to 1"),
+        (network, "trainkit plugins show NAME tells the options"),
     ]
-    lines = [(f"image_folder: {_flow(options)}", f"{found.images:,} images of {len(found.classes)} classes")]
-    lines += [(line, note) for line, note in optional if line]
-    lines.append((f"normalize: {{mean: {mean}, std: {std}}}", "of the channels, 0 to 1"))
-    lines.append((_network(model, size), "trainkit plugins show NAME tells the options"))
     if weights is not None:
         lines.append((f"start_weights: {{file: {json.dumps(str(weights))}}}", "what the network begins with"))
     lines += [
         ("cross_entropy: {label_smoothing: 0.1}", ""),
-        (rate or "sgd: {lr: 0.05, momentum: 0.9, weight_decay: 5.0e-4, nesterov: true}", "try a third and three times"),
+        (optimizer, "try a third and three times"),
         ("grad_clip: {mode: norm, limit: 5.0}", ""),
         ("linear_warmup: {epochs: 2}", ""),
         ("cosine_annealing_lr: {unit: step}", "down to 0 at the last step"),
@@ -195,16 +206,8 @@ def compose(
         ("weights:", "the network as it was evaluated, for use elsewhere"),
         (f"checkpoint: {{keep_every: {max(1, epochs // 4)}}}", "`trainkit resume` goes on from these"),
     ]
-    here = installed(PLUGINS)
-    needed = (
-        "image_folder",
-        _network(model, size).partition(":")[0],
-        *(["start_weights"] if weights is not None else []),
-    )
-    if missing := [plugin for plugin in needed if plugin not in here]:
-        raise UsageError(f"a recipe for this needs plugins that are not installed: {', '.join(missing)}")
-    written = [_commented(line, note) for line, note in lines if line.partition(":")[0] in here]
-    left_out = [line.partition(":")[0] for line, _ in lines if line.partition(":")[0] not in here]
+    written = [_commented(line, note) for line, note in lines if _plugin(line) in here]
+    left_out = [_plugin(line) for line, _ in lines if _plugin(line) not in here]
     kept = f"# not installed, so not listed: {', '.join(left_out)}\n" if left_out else ""
     last = "drop_last: true  # else the last batch is one image, of which batch normalization knows no variance\n"
     return (
@@ -217,6 +220,11 @@ def compose(
         f"{last if images % batch == 1 else ''}"
         "plugins:  # in the order in which they are called\n" + "".join(written)
     )
+
+
+def _plugin(line: str) -> str:
+    """Return the plugin that a line of a recipe lists."""
+    return line.partition(":")[0]
 
 
 def _network(model: str, size: int) -> str:

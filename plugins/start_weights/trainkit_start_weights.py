@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from trainkit import Run
 from trainkit.errors import CheckpointError, RecipeError
+from trainkit.inference import read_safetensors
 from trainkit.plugin import hookimpl, plugin, recipe_file
 from trainkit.rundir import MAX_CHECKPOINT, read_regular, unpack_state
 
@@ -21,7 +21,7 @@ NAMED = 5  # tensors that a message names
 
 
 def _find(value: Path) -> Path:
-    """Return the file of an earlier run's directory: the network as it was evaluated, else its best checkpoint."""
+    """Return the file of an earlier run's directory: the network as it was evaluated, else as it was trained."""
     if not value.is_dir():
         return value
     places = [value / "weights" / "best.safetensors", *(value / "checkpoints" / f"{n}.pt" for n in ("best", "last"))]
@@ -38,8 +38,9 @@ class StartWeights:
 
     Args:
         file: a state dict that ``torch.save`` wrote, or that lies under ``model`` or ``state_dict`` there; a
-            safetensors file; or the directory of an earlier run, of which the weights as they were evaluated are taken.
-            Relative to the recipe's own file; the run directory keeps a copy.
+            safetensors file; or the directory of an earlier run: the network as it was evaluated, which is its
+            ``weights/best.safetensors``, else the trained one of its best or last checkpoint. Relative to the recipe's
+            own file; the run directory keeps a copy.
         strict: whether every tensor of the network, but for a head of other classes, must be in the file, and every
             tensor of the file in the network. False takes those that fit.
     """
@@ -83,42 +84,27 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         RecipeError: it cannot be read, or holds no state dict.
     """
     try:
-        content = read_regular(path, MAX_CHECKPOINT)
-        found = _from_safetensors(content) if path.suffix == ".safetensors" else _from_torch(path, content)
+        if path.suffix == ".safetensors":
+            found: Any = read_safetensors(path)[0]
+        else:
+            found = unpack_state(path, read_regular(path, MAX_CHECKPOINT))
     except CheckpointError as error:
         raise RecipeError(f"'file': {error}") from error
     except OSError as error:
         cure = "; name a file, or the directory of a run that saved checkpoints" if path.is_dir() else ""
         raise RecipeError(f"'file': {path}: cannot be read: {error.strerror}{cure}") from error
-    except Exception as error:  # safetensors raises an error of its own
-        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    if not isinstance(found, Mapping):
         raise RecipeError(
-            f"'file': {path}: holds no weights: {said}; save them with `torch.save(model.state_dict(), FILE)`"
-        ) from error
+            f"'file': {path}: a {type(found).__name__} instead of a state dict; save one with "
+            "`torch.save(model.state_dict(), FILE)`"
+        )
     for key in ("model", "state_dict", "model_state_dict"):
         inner = found.get(key)
         if isinstance(inner, Mapping):
-            found = dict(inner)
+            found = inner
     tensors = {str(name): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
     if not tensors:
         raise RecipeError(f"'file': {path}: holds no tensors by name")
-    return tensors
-
-
-def _from_torch(path: Path, content: bytes) -> dict[str, Any]:
-    found = unpack_state(path, content)
-    if not isinstance(found, Mapping):
-        raise TypeError(f"a {type(found).__name__} instead of a state dict")
-    return dict(found)
-
-
-def _from_safetensors(content: bytes) -> dict[str, Any]:
-    from safetensors.torch import load
-
-    tensors: dict[str, Any] = load(content)
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    for name, stored in json.loads(header.get("__metadata__", {}).get("shared", "{}")).items():
-        tensors[name] = tensors[stored]
     return tensors
 
 

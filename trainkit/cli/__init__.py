@@ -136,7 +136,9 @@ class _Exit(BaseException):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Ends as :class:`_Exit` says."""
+    """Ends as :class:`_Exit` says, and answers what it does not know with what there is."""
+
+    more: Sequence[str] = ()  #: actions that plugins add
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: --(\w[\w.-]*)[ =]?(\S*)", message)
@@ -146,8 +148,6 @@ class _Parser(argparse.ArgumentParser):
             known = ", ".join([*ACTIONS.get(self.prog.split()[-1], ()), *self.more])
             message = f"no action {choices[1]}; there are {known}"
         super().error(message)
-
-    more: Sequence[str] = ()  #: actions that plugins add
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         if message:
