@@ -29,7 +29,15 @@ if TYPE_CHECKING:
 
     from trainkit.images import Size
 
-__all__ = ["Images", "LoadedModel", "confusion_matrix", "evaluated_model", "load_model", "read_safetensors"]
+__all__ = [
+    "Images",
+    "LoadedModel",
+    "confusion_matrix",
+    "count_confusion",
+    "evaluated_model",
+    "load_model",
+    "read_safetensors",
+]
 
 #: Images as :meth:`LoadedModel.preprocess` takes them.
 Images = Tensor | NDArray[np.uint8] | str | os.PathLike[str] | Sequence["str | os.PathLike[str]"]
@@ -43,7 +51,8 @@ class LoadedModel:
 
     Args:
         model: the network as it was evaluated, in evaluation mode: the averaged weights, where a plugin averages.
-        classes: class names, by output; empty where targets are no classes.
+        classes: class names, by output; empty where there are none.
+        has_class_targets: whether it was trained to tell which class an image is of, and no other targets.
         shape: channels, height and width of images before the transforms.
         resize: how image files come to that shape; see :class:`trainkit.Data`.
         epoch: epochs that were completed when it was saved.
@@ -53,6 +62,7 @@ class LoadedModel:
 
     model: nn.Module
     classes: tuple[str, ...]
+    has_class_targets: bool
     shape: tuple[int, int, int]
     resize: Size
     epoch: int
@@ -107,7 +117,7 @@ class LoadedModel:
         return output.float().cpu()
 
     def predict(self, images: Images) -> Tensor:
-        """Return the probability of each class, float32 [N, classes] on the CPU.
+        """Return the probability of each class, float32 [N, classes] on the CPU; not a number where an output is none.
 
         Args:
             images: see :meth:`preprocess`.
@@ -115,7 +125,7 @@ class LoadedModel:
         Raises:
             UsageError: the targets that it was trained on are no classes.
         """
-        if not self.classes:
+        if not self.has_class_targets:
             raise UsageError("the network was trained on targets that are no classes; outputs() gives what it computes")
         return self.outputs(images).softmax(1)
 
@@ -166,7 +176,7 @@ def load_model(
     weights = directory.path / "weights" / f"{checkpoint}.safetensors"
     is_evaluated = weights.exists() and not (directory.path / "checkpoints" / f"{checkpoint}.pt").exists()
     state = _stored(weights) if is_evaluated else directory.load_state(checkpoint)
-    data = _described(directory)
+    data, has_class_targets = _described(directory)
     run = build_network(recipe, load_plugins(recipe), data, console or _nowhere())
     try:
         run.model.load_state_dict(state["model"])
@@ -177,6 +187,7 @@ def load_model(
     return LoadedModel(
         model=run.model.eval() if is_evaluated else evaluated_model(run, state),
         classes=data.classes,
+        has_class_targets=has_class_targets,
         shape=data.shape,
         resize=data.file_size,
         epoch=epoch,
@@ -225,8 +236,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def _described(directory: RunDir) -> Data:
-    """Return the data that a run's ``data.json`` describes.
+def _described(directory: RunDir) -> tuple[Data, bool]:
+    """Return the data that a run's ``data.json`` describes, and whether their targets are classes.
 
     Raises:
         UsageError: the file is not what a run writes.
@@ -236,7 +247,7 @@ def _described(directory: RunDir) -> Data:
         splits = {str(name): _NotThere(str(name), int(split["images"])) for name, split in recorded["splits"].items()}
         channels, height, width = map(int, recorded["shape"])
         resize = recorded.get("resize", height if height == width else [height, width])
-        return Data(
+        data = Data(
             train=splits.pop("train"),
             test=splits.pop("test"),
             validation=splits.pop("validation", None),
@@ -245,6 +256,7 @@ def _described(directory: RunDir) -> Data:
             shape=(channels, height, width),
             resize=resize if isinstance(resize, int) else (int(resize[0]), int(resize[1])),
         )
+        return data, recorded.get("target", "class") == "class"
     except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
         raise UsageError(f"{directory.path / 'data.json'}: not what a run writes: {error!r}") from error
 
@@ -282,6 +294,8 @@ def evaluated_model(run: Run, state: Mapping[str, Any]) -> nn.Module:
 def confusion_matrix(run: Run, split: str) -> Tensor:
     """Return how often each class is taken for each, int64 [classes, classes] on the CPU; rows are true classes.
 
+    An image whose output is not finite is taken for no class, so its row lacks it.
+
     Args:
         run: a run that is built, whose targets are classes. The network is the one that it evaluates.
         split: a split's name.
@@ -291,11 +305,27 @@ def confusion_matrix(run: Run, split: str) -> Tensor:
     model = run.hooks.one("eval_model", (nn.Module, type(None)), default=lambda run: None)(run) or run.forward
     was_training = model.training
     model.eval()
-    for batch in run.iterate(split):
-        output, _ = run.compute_loss(batch, model)
-        counts += torch.bincount(batch.targets * n + output.argmax(1), minlength=n * n)
-    model.train(was_training)
+    try:
+        for batch in run.iterate(split):
+            output, _ = run.compute_loss(batch, model)
+            count_confusion(counts, batch.targets, output)
+    finally:
+        model.train(was_training)
+        run.batches[split].close()
     return counts.view(n, n).cpu()
+
+
+def count_confusion(counts: Tensor, targets: Tensor, output: Tensor) -> None:
+    """Add a batch to the counts of which class is taken for which; nothing is read from the device.
+
+    Args:
+        counts: int64 [classes * classes], true classes first.
+        targets: int64 [N].
+        output: logits [N, classes]. A row that is not finite is not counted: argmax alone calls it class 0.
+    """
+    finite = output.detach().sum(1, dtype=torch.float64).isfinite()
+    places = targets * output.shape[1] + output.detach().argmax(1)
+    counts.scatter_add_(0, places, finite.to(counts.dtype))
 
 
 def _nowhere() -> Console:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainkit import Batch, Run
 from trainkit.errors import RecipeError
+from trainkit.inference import count_confusion
 from trainkit.plugin import hookimpl, plugin
 from trainkit.run import best_of
 
@@ -29,7 +30,7 @@ class ConfusionMatrix:
     """Count which class is taken for which, and draw it: ``figures/confusion.png``, ``.svg`` and ``.json``.
 
     Counted are the images of the split that is evaluated after epochs, in the epoch where the metric was best. The
-    counts stay on the device until the evaluation ends.
+    counts stay on the device until the evaluation ends. An image whose output is not finite is counted for no class.
 
     Args:
         best: the metric whose best value so far makes an epoch the one that is drawn; named as for `checkpoint`.
@@ -63,8 +64,7 @@ class ConfusionMatrix:
     def forward_end(self, run: Run, batch: Batch, output: Tensor) -> None:
         """Count a batch; nothing is read from the device."""
         if self._counts is not None and run.split == run.selection_split:
-            places = batch.targets * len(run.data.classes) + output.detach().argmax(1)
-            self._counts.scatter_add_(0, places, torch.ones_like(places))
+            count_confusion(self._counts, batch.targets, output)
 
     @hookimpl
     def safe_point(self, run: Run) -> None:

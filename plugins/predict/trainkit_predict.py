@@ -89,7 +89,8 @@ def predict(model: LoadedModel, paths: list[Path], bad: list[str], console: Cons
     Args:
         model: from :func:`trainkit.load_model`.
         paths: image files, folders of them, ``.npy`` arrays of uint8 images, [N, H, W, C], [N, C, H, W] or [N, H, W].
-        bad: gets a line for each file that cannot be decoded, which is passed over.
+        bad: gets a line for each image that has no prediction: a file that cannot be decoded, which is passed over, or
+            one for which the network's output is not finite.
         console: where a bar shows how far it is, if it is a terminal.
 
     Raises:
@@ -103,7 +104,10 @@ def predict(model: LoadedModel, paths: list[Path], bad: list[str], console: Cons
         for source in sources:
             for names, images in source.batches(model, bad):
                 for name, probabilities in zip(names, model.predict(images).numpy(), strict=True):
-                    yield Prediction(name, probabilities)
+                    if np.isfinite(probabilities).all():
+                        yield Prediction(name, probabilities)
+                    else:
+                        bad.append(f"{name}: the network's output is not finite")
                 progress.advance(task, len(names))
 
 
@@ -170,7 +174,7 @@ examples:
 
     @staticmethod
     def run(args: argparse.Namespace) -> int:
-        """Predict, and print or write; return 1 if a file could not be decoded.
+        """Predict, and print or write; return 1 if an image has none.
 
         Raises:
             UsageError: `--top` is not at least 1.
@@ -194,7 +198,7 @@ examples:
         for line in bad:
             error(line)
         if bad:
-            error(f"{len(bad)} of {len(bad) + len(found)} files could not be decoded and have no prediction")
+            error(f"{len(bad)} of {len(bad) + len(found)} images have no prediction")
         return 1 if bad else 0
 
 

@@ -6,6 +6,7 @@ from sklearn.metrics import confusion_matrix
 
 from trainkit import load_model, load_recipe
 from trainkit.cli import main
+from trainkit.inference import count_confusion
 from trainkit.testing import run_steps
 from trainkit_confusion_matrix import ConfusionMatrix, draw
 from trainkit_digits import Digits
@@ -59,3 +60,10 @@ def test_other_targets_than_classes_are_refused():
     several = watch(transform_data=lambda data: data.replace(train=change(data.train), test=change(data.test)))
     with pytest.raises(RecipeError, match="the data's targets are none; drop the plugin"):
         run_steps({"several": several, "metrics": Metrics(accuracy=False), "confused": ConfusionMatrix()}, steps=1)
+
+
+def test_an_output_that_is_not_finite_is_no_class():
+    counts = torch.zeros(4, dtype=torch.int64)
+    output = torch.tensor([[1.0, 2.0], [float("nan"), 0.0], [float("inf"), 0.0], [3.0, 2.0]])
+    count_confusion(counts, torch.tensor([0, 0, 0, 0]), output)
+    assert counts.tolist() == [1, 1, 0, 0]

@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_what_cannot_be_decoded_is_named_and_the_rest_is_predicted(run, tmp_path
     assert main(["predict", "run", str(tmp_path), "--output", "some.csv"]) == 1
     said = capsys.readouterr().err
     assert "bad.png: cannot be decoded" in said
-    assert "1 of 2 files could not be decoded" in said
+    assert "1 of 2 images have no prediction" in said
     assert len((run / "some.csv").read_text().splitlines()) == 2
 
 
@@ -117,3 +118,24 @@ def test_what_is_no_image_is_one_clear_error(run, capsys, given, said):
     np.save("objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     assert main(["predict", "run", *given]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_network_of_nan_predicts_nothing_and_other_targets_are_no_classes(run, tmp_path, monkeypatch, capsys):
+    def spoiled(model):
+        for parameter in model.model.parameters():
+            parameter.data.fill_(float("nan"))
+        return model
+
+    model = spoiled(load_model("run"))
+    monkeypatch.setattr("trainkit.inference.load_model", lambda *args, **options: model)
+    assert main(["predict", "run", "first.npy", "--json"]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == []
+    assert "27 of 27 images have no prediction" in printed.err
+    monkeypatch.undo()
+    monkeypatch.chdir(run)
+    data = json.loads((run / "run" / "data.json").read_text())
+    shutil.copytree(run / "run", tmp_path / "other")
+    (tmp_path / "other" / "data.json").write_text(json.dumps({**data, "target": "other"}))
+    assert main(["predict", str(tmp_path / "other"), "first.npy"]) == 2
+    assert "targets that are no classes" in capsys.readouterr().err
