@@ -84,7 +84,9 @@ def survey(data: Path) -> Survey:
     else:
         raise DataError(f"{data}: no such file or folder")
     if len(classes) < 2:
-        raise DataError(f"{data}: found {len(classes)} classes, and a recipe needs two; one folder a class is expected")
+        raise DataError(
+            f"{data}: found {len(classes) or 'no'} class, and a recipe needs two; one folder a class is expected"
+        )
     size, mean, std = _look(paths)
     return Survey(
         root=root,
@@ -110,7 +112,7 @@ def _of_folder(data: Path) -> tuple[dict[str, object], list[str], set[str], set[
     classes = _folders(place)
     paths = [path for name in sorted(classes) for path in find_images(place / name).paths]
     if classes and not paths:
-        raise DataError(f"{place}: its {len(classes)} folders hold no images")
+        raise DataError(f"{place}: its folders hold no images: {', '.join(sorted(classes)[:6])}")
     return options, paths, classes, splits
 
 

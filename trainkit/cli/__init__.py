@@ -110,7 +110,9 @@ def _dispatch(argv: list[str]) -> int:
     command = _command(first, extra)
     parser = _Parser(
         prog=f"trainkit {first.replace('.', ' ')}",
-        description=_literal(command.HELP + (f"\n\nactions that plugins add: {more}" if more else "")),
+        description=_literal(
+            fill(command.HELP, get_terminal_size().columns) + (f"\n\nactions that plugins add: {more}" if more else "")
+        ),
         epilog=_literal(getattr(command, "EXAMPLES", "")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -95,8 +95,8 @@ def test_only_installed_plugins_are_listed(tmp_path, monkeypatch):
     ("arguments", "said"),
     [
         (["--data", "nowhere"], "nowhere: no such file or folder"),
-        (["--data", "one"], "one: found 1 classes, and a recipe needs two"),
-        (["--data", "empty"], "empty: its 2 folders hold no images"),
+        (["--data", "one"], "one: found 1 class, and a recipe needs two"),
+        (["--data", "empty"], "empty: its folders hold no images: a, b"),
         (["--data", "two", "--model", "vgg"], "expected resnet, timm:NAME or torchvision:NAME"),
         (["--data", "two", "--weights", "no.pt"], "--weights: no.pt: no such file"),
         (["--data", "two", "--size", "2"], "--size: at least 8 pixels"),
