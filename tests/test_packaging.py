@@ -21,6 +21,8 @@ from .environments import PLUGINS, ROOT, Environment, distribution, environment,
 
 SAMPLE = ("sgd", "runs")  # a provider and a command
 
+ON_DEMAND = {"read_safetensors": "safetensors"}  # what needs a package that trainkit itself does not require
+
 SLOW_IMPORTS = ("compile", "timm_model")  # five seconds each, which their own tests spend, too
 
 each_plugin = pytest.mark.parametrize("plugin", PLUGINS)
@@ -94,7 +96,9 @@ def test_it_declares_what_it_imports_and_nothing_else(plugin, contents):
     """What comes with trainkit itself, such as attrs, need not be declared again."""
     core = {normal(re.split(r"[<>=]", text)[0]) for text in project(ROOT)["dependencies"]} | {"trainkit"}
     declared = {normal(re.split(r"[<>=]", text)[0]) for text in project(PLUGINS[plugin])["dependencies"]}
-    needed = {normal(distributions().get(name, [name])[0]) for name in imported(contents[f"trainkit_{plugin}.py"])}
+    source = contents[f"trainkit_{plugin}.py"]
+    needed = {normal(distributions().get(name, [name])[0]) for name in imported(source)}
+    needed |= {package for name, package in ON_DEMAND.items() if re.search(rf"\b{name}\(", source)}
     assert declared - core == needed - core
 
 
