@@ -239,7 +239,7 @@ def test_an_entry_point_that_is_no_plugin_is_refused(monkeypatch):
     entry = EntryPoint("p", f"{__name__}:NotDecorated", "trainkit.plugins")
     found = Installed("p", "acme-p", "1.2", "", entry.value, entry)
     monkeypatch.setattr(Installed, "load", lambda self: NotDecorated)
-    monkeypatch.setattr(hooks_module, "find", lambda recipe: {"p": found})
+    monkeypatch.setattr(hooks_module, "find", lambda recipe, also=(): {"p": found})
     recipe = from_dict({"name": "r", "epochs": 1, "batch_size": 1, "plugins": {"p": None}})
     with pytest.raises(PluginError, match=r"plugin 'p' \(acme-p 1.2\): .* is not a class decorated with @plugin"):
         load_plugins(recipe)

@@ -21,6 +21,7 @@ _HOME = {
     "build": "build",
     "LoadedModel": "inference",
     "load_model": "inference",
+    "allow_local": "local",
     "Metric": "run",
     "Run": "run",
     "Schedule": "run",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from trainkit.errors import TrainkitError as TrainkitError
     from trainkit.inference import LoadedModel as LoadedModel
     from trainkit.inference import load_model as load_model
+    from trainkit.local import allow_local as allow_local
     from trainkit.recipe import Recipe as Recipe
     from trainkit.recipe import load_recipe as load_recipe
     from trainkit.run import Metric as Metric

@@ -16,6 +16,7 @@ from attrs import field
 
 from trainkit import hookspecs
 from trainkit.errors import PluginError, TrainkitError, blame, did_you_mean
+from trainkit.local import local_classes
 from trainkit.plugin import declared
 from trainkit.recipe import Recipe, make_options
 from trainkit.registry import Installed, base_name, find, providers
@@ -249,13 +250,17 @@ def load_plugins(recipe: Recipe, wrap_call: CallWrapper | None = None, given: Ma
     """
     plugins = []
     given = given or {}
-    installed = find(attrs.evolve(recipe, plugins={k: v for k, v in recipe.plugins.items() if k not in given}))
+    local = local_classes(recipe)
+    packaged = {
+        name: value for name, value in recipe.plugins.items() if name not in given and base_name(name) not in local
+    }
+    installed = find(attrs.evolve(recipe, plugins=packaged), also=local)
     for name in recipe.plugins:
         if name in given:
             plugins.append(LoadedPlugin(name, given[name]))
             continue
-        found = installed[name]
-        cls = load_class(found)
+        found = installed.get(name)
+        cls = load_class(found) if found else local[base_name(name)]
         try:
             plugins.append(LoadedPlugin(name, make_options(recipe, name, cls), found))
         except TrainkitError:

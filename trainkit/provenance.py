@@ -76,7 +76,15 @@ FEW = 10  # elements of a list that a difference names
 Effect = Literal["numbers", "length", "none"]
 
 RECIPE_LENGTH = {"epochs", "max_steps"}
-RECIPE_NOTES = {"name", "description", "source", "expect", "requires", "device"}  # the device in use is recorded
+RECIPE_NOTES = {
+    "name",
+    "description",
+    "source",
+    "expect",
+    "requires",
+    "local",
+    "device",
+}  # code and device are recorded
 PLUGIN_NOTES = {"source", "observer", "without_effect"}
 #: A patch version of Python changes no arithmetic, so :func:`_is_note` lets it pass, too; another minor version may
 #: draw, sort or round differently. Variables that set threads are recorded as what they set: `threads`.

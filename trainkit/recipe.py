@@ -70,6 +70,8 @@ class Recipe:
         expect: what the recipe should reach, by metric; ``parameters`` is checked before training.
         requires: requirements that provide plugins from elsewhere: a list, or a mapping from plugin name to
             requirement, so that one distribution may hold several plugins.
+        local: Python files in the recipe's own folder that define plugins; a class ``MyLoss`` is the plugin `my_loss`.
+            They run only where the user allows it (``--allow-local``).
         plugins: options by plugin name, in call order. ``name@label`` lists the same plugin once more.
         path: the file that it was read from.
     """
@@ -89,6 +91,7 @@ class Recipe:
     device: str = "auto"
     expect: dict[str, int | float] = field(factory=dict)
     requires: list[str] | dict[str, str] = field(factory=list)
+    local: list[str] = field(factory=list)
     plugins: dict[str, Any] = field(factory=dict)
     path: Path | None = field(default=None, eq=False)
 

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tomllib
 from collections import defaultdict
+from collections.abc import Iterable
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,8 +176,12 @@ def only(name: str, records: list[Installed], what: str = "plugin") -> Installed
     return records[0]
 
 
-def find(recipe: Recipe) -> dict[str, Installed]:
+def find(recipe: Recipe, also: Iterable[str] = ()) -> dict[str, Installed]:
     """Return the installed plugin of each key that the recipe lists, in its order.
+
+    Args:
+        recipe: the recipe.
+        also: names of plugins that are not installed and that a mistyped key may mean.
 
     Raises:
         PluginError: plugins are not installed (all of them are named), or two distributions claim one name.
@@ -185,7 +190,7 @@ def find(recipe: Recipe) -> dict[str, Installed]:
     bases = {name: base_name(name) for name in recipe.plugins}
     missing = [base for base in dict.fromkeys(bases.values()) if base not in have]
     if missing:
-        raise PluginError(missing_hint(recipe, missing, have))
+        raise PluginError(missing_hint(recipe, missing, [*have, *also]))
     found = {name: only(base, have[base]) for name, base in bases.items()}
     for record in found.values():
         record.check_requirement()
@@ -273,7 +278,7 @@ def _source_file(module: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 
-def missing_hint(recipe: Recipe, missing: list[str], have: dict[str, list[Installed]]) -> str:
+def missing_hint(recipe: Recipe, missing: list[str], have: Iterable[str]) -> str:
     """Return the message for plugins that a recipe lists and that are not installed: what, and the cure for each."""
     missing = list(dict.fromkeys(map(base_name, missing)))
     given = recipe.requires if isinstance(recipe.requires, dict) else {}

@@ -18,6 +18,7 @@ import attrs
 from trainkit import provenance
 from trainkit.build import build, check_optimizer
 from trainkit.errors import PluginError, RecipeError, RunError, TrainkitError, UsageError
+from trainkit.local import local_files
 from trainkit.recipe import Recipe, load_recipe, recipe_files
 from trainkit.run import Run, best_of, to_host
 from trainkit.rundir import MAX_LOG, RunDir, read_regular
@@ -217,22 +218,30 @@ def _fit(run: Run, run_dir: RunDir, trainer: Trainer) -> Result:
 
 def _keep_files(run: Run, run_dir: RunDir) -> Recipe:
     """Copy the files beside the recipe that it names into the run directory, and return the recipe that names those."""
+    home = run_dir.path.resolve()
+    local = []
+    for name, path in local_files(run.recipe).items():
+        if not path.resolve().is_relative_to(home):
+            kept = run_dir.write(f"files/local/{name.removeprefix('files/local/')}", read_regular(path, MAX_LOG))
+        else:
+            kept = path
+        local.append(kept.resolve().relative_to(home).as_posix())
     plugins = dict(run.recipe.plugins)
     for name, plugin in run.hooks.plugins.items():
         for option in recipe_files(type(plugin.instance)):
             path = getattr(plugin.instance, option)
             if path is None:
                 continue
-            if not path.resolve().is_relative_to(run_dir.path.resolve()):
+            if not path.resolve().is_relative_to(home):
                 try:
                     path = run_dir.write(f"files/{name}/{path.name}", read_regular(path, MAX_LOG))
                 except OSError as error:
                     raise RecipeError(
                         f"{run.recipe.where}: plugins.{name}.{option}: {path}: cannot be read: {error.strerror}"
                     ) from error
-            kept = path.resolve().relative_to(run_dir.path.resolve()).as_posix()
+            kept = path.resolve().relative_to(home).as_posix()
             plugins[name] = {**plugins.get(name, {}), option: kept}
-    return attrs.evolve(run.recipe, plugins=plugins)
+    return attrs.evolve(run.recipe, plugins=plugins, local=local)
 
 
 def _set_result_aside(run_dir: RunDir) -> Path | None:

@@ -24,7 +24,7 @@ import attrs
 from attrs import field
 
 from trainkit import __version__, hookspecs
-from trainkit.cli.output import error, print_json, table, terminal
+from trainkit.cli.output import add_allow_local, error, print_json, table, terminal
 from trainkit.errors import PluginError, did_you_mean
 from trainkit.registry import Installed, installed, only, requirements
 
@@ -357,6 +357,7 @@ class ShowOrder:
         """Declare the command's arguments."""
         parser.add_argument("recipe", metavar="RECIPE", help="a recipe file")
         parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace one value of the recipe")
+        add_allow_local(parser)
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(self, args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainkit import numerics
-from trainkit.cli.output import error, print_json, printable, table, terminal
+from trainkit.cli.output import add_allow_local, error, print_json, printable, table, terminal
 from trainkit.errors import DataError, UsageError
 from trainkit.images import find_images
 from trainkit.recipe import load_recipe
@@ -170,6 +170,7 @@ examples:
             "--checkpoint", default="best", choices=["best", "last"], help="which weights (default: best)"
         )
         parser.add_argument("--device", metavar="D", help="where to compute (default: as the recipe says)")
+        add_allow_local(parser)
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     @staticmethod

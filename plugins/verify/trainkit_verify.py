@@ -21,7 +21,7 @@ import attrs
 from attrs import field
 
 from trainkit import numerics
-from trainkit.cli.output import print_json, printable, table, terminal
+from trainkit.cli.output import add_allow_local, print_json, printable, table, terminal
 from trainkit.errors import TrainkitError, UsageError
 from trainkit.recipe import load_recipe
 from trainkit.registry import COMMANDS, base_name, installed, only
@@ -1064,6 +1064,7 @@ examples:
             "--seconds", type=float, default=30.0, metavar="S", help="for replays (default: 30); inf replays every step"
         )
         parser.add_argument("--public-key", type=Path, metavar="PEM", help="whose signature an archive must have")
+        add_allow_local(parser)
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     @staticmethod

@@ -12,6 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 from shutil import get_terminal_size
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 from trainkit import __version__
 from trainkit.cli.output import error, guarded_output, printable
 from trainkit.errors import TrainkitError, UsageError, did_you_mean
+from trainkit.local import allow_local
 from trainkit.registry import COMMANDS, Installed, installed, only
 
 __all__ = ["main"]
@@ -126,7 +128,8 @@ def _dispatch(argv: list[str]) -> int:
         args = parse(argv[1:])
     except TypeError:  # what argparse says of a command with actions
         args = parser.parse_args(argv[1:])
-    code: int = command.run(args)
+    with allow_local() if getattr(args, "allow_local", False) else nullcontext():
+        code: int = command.run(args)
     return code
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainkit.cli.output import number, print_json, printable, table, terminal
+from trainkit.cli.output import add_allow_local, number, print_json, printable, table, terminal
 from trainkit.cli.run import refuse_meta
 from trainkit.errors import RecipeError, UsageError
 
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="ROOT", help="where the data lie, their plugin's option root")
     parser.add_argument("--per-class", action="store_true", help="each class, and what it is taken for")
     parser.add_argument("--allow-changes", action="store_true", help="evaluate although classes or code have changed")
+    add_allow_local(parser)
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -13,7 +14,17 @@ from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Output", "error", "guarded_output", "number", "print_json", "printable", "table", "terminal"]
+__all__ = [
+    "Output",
+    "add_allow_local",
+    "error",
+    "guarded_output",
+    "number",
+    "print_json",
+    "printable",
+    "table",
+    "terminal",
+]
 
 
 def printable(text: object) -> str:
@@ -78,6 +89,13 @@ def guarded_output() -> Iterator[Output]:
     finally:
         sys.stdout.flush()
         sys.stdout, sys.stderr = before
+
+
+def add_allow_local(parser: argparse.ArgumentParser) -> None:
+    """Declare the option with which a user lets the files of a recipe's ``local`` run; the command line obeys it."""
+    parser.add_argument(
+        "--allow-local", action="store_true", help="run the Python files that the recipe names as `local`"
+    )
 
 
 def print_json(value: Any) -> None:

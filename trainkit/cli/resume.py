@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trainkit.cli.output import terminal
+from trainkit.cli.output import add_allow_local, terminal
 
 HELP = "Continue a run from its last checkpoint, exactly."
 EXAMPLES = """\
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the directory of a run")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace one value of its recipe")
     parser.add_argument("--allow-changes", action="store_true", help="continue although the result will differ")
+    add_allow_local(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 

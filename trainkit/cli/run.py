@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from trainkit.cli.output import number, print_json, printable, table, terminal
+from trainkit.cli.output import add_allow_local, number, print_json, printable, table, terminal
 from trainkit.errors import RecipeError, UsageError, did_you_mean
 from trainkit.plugin import declared
 
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check all, take two steps, leave nothing behind")
     parser.add_argument("--profile", action="store_true", help="print the time of each plugin in each hook")
     parser.add_argument("--trace-hooks", action="store_true", help="print every hook call")
+    add_allow_local(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
