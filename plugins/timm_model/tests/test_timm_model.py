@@ -5,6 +5,7 @@ import torch
 
 from trainkit.errors import RecipeError
 from trainkit.plugin import hookimpl, plugin
+from trainkit.provenance import declared
 from trainkit.rng import torch_seed
 from trainkit.run import count_parameters
 from trainkit.testing import assert_conforms, build_run, fake_data, from_recipe, parameters_of, run_steps
@@ -100,6 +101,54 @@ def test_kernels_can_be_shared_within_it_and_squeeze_and_excitation_inserted():
 def test_only_timms_own_names(name, near):
     with pytest.raises(RecipeError, match=f"'name': timm has no network '{name}'.*{near}"):
         build_run({"network": TimmModel(name=name)})
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """Weights of ``test_resnet``, where a download keeps them; what is not there cannot be fetched."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    safetensors = pytest.importorskip("safetensors.torch")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    torch.manual_seed(1)
+    state = timm.create_model("test_resnet").state_dict()
+    repository = tmp_path / "models--timm--test_resnet.r160_in1k"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    safetensors.save_file(state, snapshot / "model.safetensors")
+    return state
+
+
+def test_published_weights_come_with_a_new_head_and_are_recorded_by_content(published, capsys):
+    run = build_run({"images": Images(), "network": TimmModel(name="test_resnet", pretrained=True)})
+    own = run.model.state_dict()
+    assert {name for name in own if not torch.equal(own[name], published[name])} == {"fc.weight", "fc.bias"}
+    assert declared(run)["network"]["weights"].startswith("test_resnet.r160_in1k ")
+    assert "weights test_resnet.r160_in1k, of 1000 classes, trained on images of 160 pixels" in capsys.readouterr().out
+
+
+def test_a_trial_fetches_nothing(monkeypatch):
+    monkeypatch.setattr(timm.models, "load_pretrained", None)
+    run = build_run({"images": Images()})
+    run.dry = True
+    assert TimmModel(name="test_resnet", pretrained=True).model(run) is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"name": "test_resnet", "tag": "r160_in1k"}, "'tag': names weights, and `pretrained` is false"),
+        ({"name": "test_resnet", "pretrained": True, "tag": "none"}, "no weights 'none' of test_resnet; there are r16"),
+        ({"name": "resnet51q", "pretrained": True, "tag": "x"}, "no weights 'x' of resnet51q"),
+        ({"name": "botnet50ts_256", "pretrained": True}, "'pretrained': timm has no weights of botnet50ts_256"),
+        ({"name": "test_vit", "pretrained": True, "kwargs": {"img_size": 32}}, "could not be fetched.*start_weights"),
+    ],
+)
+def test_weights_that_cannot_be_had(published, options, said):
+    with pytest.raises(RecipeError, match=said):
+        build_run({"images": Images(), "network": TimmModel(**options)})
 
 
 def test_weights_channels_and_classes_are_not_options():
