@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 
 from trainkit.build import build_network
 from trainkit.data import Data
-from trainkit.errors import CheckpointError, DataError, UsageError
+from trainkit.errors import CheckpointError, DataError, UsageError, did_you_mean
 from trainkit.hooks import load_plugins
-from trainkit.images import open_image, resize_and_crop
+from trainkit.images import entries, find_images, open_image, resize_and_crop
 from trainkit.recipe import load_recipe
 from trainkit.rng import stream
 from trainkit.run import Run
@@ -34,6 +35,7 @@ __all__ = [
     "LoadedModel",
     "confusion_matrix",
     "count_confusion",
+    "count_images",
     "evaluated_model",
     "load_model",
     "read_safetensors",
@@ -326,6 +328,63 @@ def count_confusion(counts: Tensor, targets: Tensor, output: Tensor) -> None:
     finite = output.detach().sum(1, dtype=torch.float64).isfinite()
     places = targets * output.shape[1] + output.detach().argmax(1)
     counts.scatter_add_(0, places, finite.to(counts.dtype))
+
+
+def count_images(model: LoadedModel, folder: Path, bad: list[str]) -> Tensor:
+    """Return how often each class is taken for each in folders of images, int64 [classes, classes]; rows are true ones.
+
+    Args:
+        model: a network that was trained to tell classes.
+        folder: holds one folder a class, named as the network's classes are, itself or in a folder ``test`` in it. Not
+            every class need be there.
+        bad: gets a line for each image that is not counted: a file that cannot be read, or an output that is not
+            finite.
+
+    Raises:
+        DataError: a folder is none of a class, or there are no images.
+        UsageError: the network was trained on targets that are no classes.
+    """
+    if not model.has_class_targets:
+        raise UsageError(f"{folder}: images in folders of classes, and the network was not trained to tell classes")
+    samples = _labelled(model, folder)
+    counts = torch.zeros(len(model.classes) ** 2, dtype=torch.int64)
+    for start in range(0, len(samples), BATCH):
+        images, targets, names = [], [], []
+        for path, target in samples[start : start + BATCH]:
+            try:
+                images.append(model.read(path))
+            except DataError as problem:
+                bad.append(str(problem))
+            else:
+                targets.append(target)
+                names.append(path)
+        if images:
+            output = model.outputs(torch.stack(images))
+            count_confusion(counts, torch.tensor(targets), output)
+            finite = output.isfinite().all(1).tolist()
+            bad += [
+                f"{name}: the network's output is not finite" for name, ok in zip(names, finite, strict=True) if not ok
+            ]
+    return counts.view(len(model.classes), -1)
+
+
+def _labelled(model: LoadedModel, folder: Path) -> list[tuple[str, int]]:
+    """Return the images in folders of classes, with the number of their class."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    top = folder / "test" if (folder / "test").is_dir() and "test" not in model.classes else folder
+    samples = []
+    for entry, status in entries(top):
+        if not stat.S_ISDIR(status.st_mode):
+            continue
+        if entry.name not in model.classes:
+            near = did_you_mean(entry.name, model.classes) or f"; there are {', '.join(model.classes[:20])}"
+            raise DataError(f"{entry.path}: the network has no class {entry.name!r}{near}")
+        target = model.classes.index(entry.name)
+        samples += [(path, target) for path in find_images(entry.path).paths]
+    if not samples:
+        raise DataError(f"{top}: no images in folders of classes; expected {top / model.classes[0] / '<image>'}")
+    return samples
 
 
 def _nowhere() -> Console:

@@ -220,12 +220,11 @@ def _keep_files(run: Run, run_dir: RunDir) -> Recipe:
     """Copy the files beside the recipe that it names into the run directory, and return the recipe that names those."""
     home = run_dir.path.resolve()
     local = []
-    for name, path in local_files(run.recipe).items():
-        if not path.resolve().is_relative_to(home):
-            kept = run_dir.write(f"files/local/{name.removeprefix('files/local/')}", read_regular(path, MAX_LOG))
-        else:
-            kept = path
-        local.append(kept.resolve().relative_to(home).as_posix())
+    for name, file in local_files(run.recipe).items():
+        path = file
+        if not file.resolve().is_relative_to(home):
+            path = run_dir.write(f"files/local/{name.removeprefix('files/local/')}", read_regular(file, MAX_LOG))
+        local.append(path.resolve().relative_to(home).as_posix())
     plugins = dict(run.recipe.plugins)
     for name, plugin in run.hooks.plugins.items():
         for option in recipe_files(type(plugin.instance)):
@@ -384,6 +383,44 @@ def reopen(
         _say(run, f"changed, without effect on any number: {'; '.join(notes)}")
     if not run.finished:
         run.resumed.append({"epoch": run.epoch, "step": run.step, "changes": changes + length})
+    return run
+
+
+def open_checkpoint(
+    run_dir: str | Path,
+    checkpoint: str = "best",
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    allow_changes: bool = False,
+    console: Console | None = None,
+) -> Run:
+    """Build a run again and load one of its checkpoints, to evaluate it; say what differs from how it was trained.
+
+    Args:
+        run_dir: the directory of a run.
+        checkpoint: the name of a file in ``checkpoints/``.
+        overrides: values of its recipe to replace, as for :func:`trainkit.load_recipe`.
+        allow_changes: whether classes or code may differ.
+        console: where plugins print for people; by default the standard output.
+
+    Raises:
+        RecipeError: classes or code differ from those that the weights were trained with.
+        TrainkitError: the directory is not that of a run, or has no such checkpoint.
+    """
+    directory = RunDir(Path(run_dir))
+    recipe = load_recipe(directory.recipe_path(), overrides)
+    state = directory.load_state(checkpoint)
+    run = build(recipe, console=console)
+    differences = provenance.compare_state(state, run)
+    changes = [difference for difference in differences if difference.effect == "numbers"]
+    if (grave := [str(change) for change in changes if change.is_of_meaning]) and not allow_changes:
+        raise RecipeError(
+            f"{run_dir}: its metrics would not mean what they meant in training: {'; '.join(grave)}; undo that, "
+            "or pass --allow-changes"
+        )
+    if changes:
+        _say(run, f"not evaluated as it was trained: {'; '.join(map(str, changes))}")
+    run.load_state_dict(state)
     return run
 
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from attrs import field
 from torch import Tensor
 
-from trainkit import Batch, Run
-from trainkit.errors import RecipeError
+from trainkit import Batch, Run, numerics
+from trainkit.cli.output import add_allow_local, error, print_json, printable, terminal
+from trainkit.errors import RecipeError, UsageError
 from trainkit.inference import count_confusion
 from trainkit.plugin import hookimpl, plugin
+from trainkit.recipe import load_recipe
 from trainkit.run import best_of
+from trainkit.rundir import RunDir, atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ConfusionMatrix", "draw"]
+__all__ = ["CONFUSION", "ConfusionMatrix", "draw"]
 
 MANY = 30  # classes whose names and counts still fit into a picture
 
@@ -82,17 +87,11 @@ class ConfusionMatrix:
         """Write the counts and the picture."""
         if not self._kept or run.dir is None:
             return
-        import matplotlib.style
-
         told = {"split": run.selection_split, "epoch": self._epoch, "classes": list(run.data.classes)}
         run.dir.write("figures/confusion.json", json.dumps({**told, "confusion_matrix": self._kept}) + "\n")
         title = f"{run.selection_split.capitalize()} images, epoch {self._epoch:g}: {run.recipe.name}"
-        with matplotlib.style.context(["default", {"svg.fonttype": "none", "svg.hashsalt": "trainkit"}]):
-            figure = draw(self._kept, run.data.classes, title)
-            for kind, metadata in (("png", None), ("svg", {"Date": None})):
-                data = io.BytesIO()
-                figure.savefig(data, format=kind, metadata=metadata)
-                run.dir.write(f"figures/confusion.{kind}", data.getvalue())
+        for kind in ("png", "svg"):
+            run.dir.write(f"figures/confusion.{kind}", picture(self._kept, run.data.classes, title, kind))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is drawn at the end."""
@@ -101,6 +100,23 @@ class ConfusionMatrix:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned."""
         self._kept, self._epoch = [list(row) for row in state["counts"]], state["epoch"]
+
+
+def picture(matrix: Sequence[Sequence[int]], classes: Sequence[str], title: str, kind: str) -> bytes:
+    """Return a drawn confusion matrix as a file.
+
+    Args:
+        matrix: see :func:`draw`.
+        classes: see :func:`draw`.
+        title: see :func:`draw`.
+        kind: ``png`` or ``svg``.
+    """
+    import matplotlib.style
+
+    data = io.BytesIO()
+    with matplotlib.style.context(["default", {"svg.fonttype": "none", "svg.hashsalt": "trainkit"}]):
+        draw(matrix, classes, title).savefig(data, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return data.getvalue()
 
 
 def draw(matrix: Sequence[Sequence[int]], classes: Sequence[str], title: str) -> Figure:
@@ -135,3 +151,68 @@ def draw(matrix: Sequence[Sequence[int]], classes: Sequence[str], title: str) ->
     for spine in axes.spines.values():
         spine.set_visible(False)
     return figure
+
+
+class _Confusion:
+    """``trainkit runs confusion``."""
+
+    HELP = "Draw which class a run's network takes for which, on a split of its data or on other images."
+    EXAMPLES = """\
+examples:
+  trainkit runs confusion runs/photos/20260101-120000-0
+  trainkit runs confusion runs/photos/20260101-120000-0 --images new -o new.svg
+"""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Declare the action's arguments."""
+        parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the directory of a run")
+        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace one value of its recipe")
+        parser.add_argument("--checkpoint", default="best", choices=["best", "last"], help="which (default: best)")
+        parser.add_argument("--split", metavar="NAME", default="test", help="which images (default: test)")
+        parser.add_argument("--images", metavar="DIR", type=Path, help="other images, in one folder a class")
+        parser.add_argument(
+            "-o", "--output", metavar="FILE", type=Path, default=Path("confusion.png"), help="a .png or .svg file"
+        )
+        parser.add_argument("--allow-changes", action="store_true", help="although classes or code have changed")
+        parser.add_argument("--json", action="store_true", help="print the counts as JSON")
+        add_allow_local(parser)
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Count, and write the picture; 1 where images could not be read."""
+        kind = args.output.suffix.lower().removeprefix(".")
+        if kind not in ("png", "svg"):
+            raise UsageError(f"{args.output}: the name of a picture ends in .png or .svg")
+        numerics.prepare(load_recipe(RunDir(args.run_dir).recipe_path(), args.overrides))
+        from trainkit.inference import confusion_matrix, count_images, load_model
+        from trainkit.session import open_checkpoint
+
+        console = terminal(stderr=args.json)
+        bad: list[str] = []
+        if args.images is not None:
+            if args.overrides:
+                raise UsageError("--images: takes no overrides: the run's data set is not opened")
+            model = load_model(args.run_dir, args.checkpoint, console=console)
+            matrix, classes, epoch = count_images(model, args.images, bad), model.classes, model.epoch
+            name, images = model.recipe, args.images.name
+        else:
+            run = open_checkpoint(
+                args.run_dir, args.checkpoint, args.overrides, allow_changes=args.allow_changes, console=console
+            )
+            if args.split not in run.data.splits or not run.data.has_class_targets:
+                raise UsageError(f"--split: {args.split!r}: not one of {', '.join(run.data.splits)}, of classes")
+            matrix, classes, epoch = confusion_matrix(run, args.split), run.data.classes, run.epoch
+            name, images = run.recipe.name, args.split
+        counts: list[list[int]] = matrix.tolist()
+        for reason in bad:
+            error(reason)
+        title = f"{images[:1].upper()}{images[1:]} images, epoch {epoch}: {name}"
+        atomic_write(args.output, picture(counts, classes, title, kind))
+        if args.json:
+            print_json({"epoch": epoch, "classes": list(classes), "confusion_matrix": counts, "not_counted": len(bad)})
+        console.print(printable(args.output), markup=False, highlight=False, soft_wrap=True)
+        return int(bool(bad))
+
+
+CONFUSION = _Confusion

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import shlex
 import stat
 from collections import Counter
 from collections.abc import Mapping
@@ -207,6 +208,11 @@ class ImageFolder:
             if split == "test" and self.test_fraction is not None:
                 continue
             folder = self.root / place
+            if split == "train" and not folder.is_dir() and (self.root / self.test).is_dir():
+                raise DataError(
+                    f"{folder}: no such folder, and {self.root / self.test} is there; what a network makes of test "
+                    f"images alone says `trainkit evaluate RUN_DIR --images {shlex.quote(str(self.root))}`"
+                )
             named = []
             for label in _class_folders(folder, passed_over):
                 if split == "test" and label not in {name for _, name in files["train"].named}:

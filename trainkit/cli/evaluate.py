@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainkit.cli.output import add_allow_local, number, print_json, printable, table, terminal
+from trainkit.cli.output import add_allow_local, error, number, print_json, printable, table, terminal
 from trainkit.cli.run import refuse_meta
-from trainkit.errors import RecipeError, UsageError
+from trainkit.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from trainkit.recipe import Recipe
     from trainkit.run import Run
 
@@ -22,6 +24,7 @@ examples:
   trainkit evaluate runs/quickstart/20260101-120000-0
   trainkit evaluate runs/quickstart/20260101-120000-0 --checkpoint last plugins.cifar10.root=elsewhere
   trainkit evaluate runs/quickstart/20260101-120000-0 --split validation --per-class
+  trainkit evaluate runs/photos/20260101-120000-0 --images new
 """
 
 
@@ -32,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", default="best", choices=["best", "last"], help="which weights (default: best)")
     parser.add_argument("--split", metavar="NAME", default="test", help="which images (default: test)")
     parser.add_argument("--data", metavar="ROOT", help="where the data lie, their plugin's option root")
+    parser.add_argument("--images", metavar="DIR", type=Path, help="other images, in one folder a class; no data set")
     parser.add_argument("--per-class", action="store_true", help="each class, and what it is taken for")
     parser.add_argument("--allow-changes", action="store_true", help="evaluate although classes or code have changed")
     add_allow_local(parser)
@@ -39,39 +43,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build the run's recipe again, load its weights, evaluate; say what differs from how they were trained.
-
-    Raises:
-        RecipeError: classes or code differ from those that the weights were trained with.
-    """
+    """Build the run's recipe again, load its weights, evaluate; say what differs from how they were trained."""
     from trainkit import numerics
     from trainkit.recipe import load_recipe
     from trainkit.rundir import RunDir
 
     console = terminal(stderr=args.json)
-    run_dir = RunDir(args.run_dir)
-    recipe = load_recipe(run_dir.recipe_path(), args.overrides)
+    path = RunDir(args.run_dir).recipe_path()
+    overrides = list(args.overrides)
+    if args.images is not None and (args.data is not None or overrides):
+        raise UsageError("--images: takes neither --data nor KEY=VALUE: the run's data set is not opened")
+    recipe = load_recipe(path, overrides)
     if args.data is not None:
-        recipe = load_recipe(run_dir.recipe_path(), [*args.overrides, _root(recipe, args.data)])
+        overrides.append(_root(recipe, args.data))
+        recipe = load_recipe(path, overrides)
     refuse_meta(recipe)
     numerics.prepare(recipe)
-    from trainkit import provenance  # these load torch, which reads the settings of numerics
-    from trainkit.build import build
-    from trainkit.session import evaluate
+    from trainkit.session import evaluate, open_checkpoint  # loads torch, which reads the settings of numerics
 
-    state = run_dir.load_state(args.checkpoint)
-    built = build(recipe, console=console)
-    differences = provenance.compare_state(state, built)
-    changes = [difference for difference in differences if difference.effect == "numbers"]
-    if (grave := [str(change) for change in changes if change.is_of_meaning]) and not args.allow_changes:
-        raise RecipeError(
-            f"{args.run_dir}: its metrics would not mean what they meant in training: {'; '.join(grave)}; undo that, "
-            "or pass --allow-changes"
-        )
-    if changes:
-        note = f"not evaluated as it was trained: {'; '.join(map(str, changes))}"
-        console.print(printable(note), markup=False, highlight=False, soft_wrap=True)
-    built.load_state_dict(state)
+    if args.images is not None:
+        return _evaluate_images(args, console)
+    built = open_checkpoint(args.run_dir, args.checkpoint, overrides, allow_changes=args.allow_changes, console=console)
     metrics = evaluate(built, args.split)
     matrix = _confusion(built, args.split) if args.per_class else None
     if args.json:
@@ -85,6 +77,28 @@ def run(args: argparse.Namespace) -> int:
     if matrix is not None:
         console.print(_per_class(built.data.classes, matrix))
     return 0
+
+
+def _evaluate_images(args: argparse.Namespace, console: Console) -> int:
+    """Count what the network makes of images in folders of classes; 1 where some could not be read."""
+    from trainkit.inference import count_images, load_model
+
+    model = load_model(args.run_dir, args.checkpoint, console=console)
+    bad: list[str] = []
+    matrix: list[list[int]] = count_images(model, args.images, bad).tolist()
+    for reason in bad:
+        error(reason)
+    total = sum(map(sum, matrix))
+    accuracy = 100 * sum(row[n] for n, row in enumerate(matrix)) / total if total else None
+    if args.json:
+        told = {"checkpoint": args.checkpoint, "epoch": model.epoch, "images": total, "accuracy": accuracy}
+        print_json({**told, "classes": list(model.classes), "confusion_matrix": matrix, "not_counted": len(bad)})
+        return int(bool(bad))
+    rows = [("images", number(total)), ("accuracy", number(accuracy))]
+    console.print(table([str(printable(args.images)), f"{args.checkpoint}, epoch {model.epoch}"], rows))
+    if args.per_class:
+        console.print(_per_class(model.classes, matrix))
+    return int(bool(bad))
 
 
 def _root(recipe: Recipe, root: str) -> str:

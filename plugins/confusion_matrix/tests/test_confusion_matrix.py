@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from trainkit import load_model, load_recipe
@@ -40,6 +41,26 @@ def test_the_counts_are_those_of_the_best_epoch(tmp_path, monkeypatch):
     assert (found["epoch"], found["classes"]) == (best, [str(digit) for digit in range(10)])
     assert (tmp_path / "out" / "figures" / "confusion.png").read_bytes()[:4] == b"\x89PNG"
     assert load_recipe("out/recipe.yaml").plugins["confusion_matrix"] == {}
+
+
+def test_the_command_draws_any_split_and_other_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "confused.yaml").write_text(RECIPE)
+    assert main(["run", "confused.yaml", "--run-dir", "out", "epochs=1"]) == 0
+    drawn = json.loads((tmp_path / "out" / "figures" / "confusion.json").read_text())["confusion_matrix"]
+    capsys.readouterr()
+    assert main(["runs", "confusion", "out", "-o", "c.svg", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["confusion_matrix"] == drawn
+    assert "Test images, epoch 1: confused" in (tmp_path / "c.svg").read_text()
+    zero = run_steps({"digits": Digits()}, steps=1).data.test.images[0, 0]
+    (tmp_path / "new" / "0").mkdir(parents=True)
+    Image.fromarray(zero.numpy()).save(tmp_path / "new" / "0" / "a.png")
+    assert main(["runs", "confusion", "out", "--images", "new", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["confusion_matrix"]
+    assert sum(row[0]) == sum(map(sum, row)) == 1
+    assert (tmp_path / "confusion.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(["runs", "confusion", "out", "-o", "c.jpeg"]) == 2
+    assert main(["runs", "confusion", "out", "--split", "more"]) == 2
 
 
 @pytest.mark.parametrize("n", [2, 100])
