@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from trainkit import build, load_model, load_recipe, provenance
 from trainkit.cli import main
-from trainkit.cli.output import number, printable
+from trainkit.cli.output import number, printable, table, terminal
 from trainkit.cli.run import _resume_command
 from trainkit.rundir import RunDir, pack_state
 
@@ -463,3 +466,53 @@ def test_help_wraps_whole_words(capsys, monkeypatch):
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
+
+
+def test_recipes_help_tells_every_option_of_what_a_recipe_lists(small, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["recipes", "help", str(small), "sgd"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("sgd: Stochastic gradient descent")
+    assert re.search(r"momentum +0\.9 +float +factor of the gradients' running sum", printed)
+    assert re.search(r"nesterov +false +bool", printed)
+    assert max(map(len, printed.splitlines())) <= 80
+    assert main(["recipes", "help", str(small), "--json"]) == 0
+    documents = json.loads(capsys.readouterr().out)
+    assert [document["name"] for document in documents] == list(load_recipe(small).plugins)
+    assert main(["recipes", "help", str(small), "sdg"]) == 2
+    assert "lists no plugin 'sdg'; did you mean 'sgd'?" in capsys.readouterr().err
+
+
+@given(
+    st.lists(st.tuples(*[st.text("ab 12,", max_size=30)] * 3), min_size=1, max_size=4),
+    st.integers(12, 100),
+)
+def test_a_table_fits_the_terminal_and_breaks_no_word_that_has_room(rows, width):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(width))
+        columns = ["first", "second", "third"]
+        made = table(columns, rows, optional=["second", "third"])
+        printed = "\n".join(line for line in _printed(made) if line.strip())
+    assert max(map(len, printed.splitlines())) <= width
+    headings = [column.header for column in made.columns]
+    longest = {
+        column: max(len(word) for row in [columns, *rows] for word in row[n].split() or [""])
+        for n, column in enumerate(columns)
+    }
+    room = width + 1
+    if sum(longest[column] + 3 for column in headings) <= room:
+        words = {
+            word for row in rows for n, column in enumerate(columns) if column in headings for word in row[n].split()
+        }
+        assert words <= {*printed.split()}
+    else:
+        assert headings == ["first"]
+    if "second" not in headings:
+        assert sum(longest.values()) + 9 > room
+
+
+def _printed(made):
+    console = terminal()
+    with console.capture() as captured:
+        console.print(made)
+    return captured.get().splitlines()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -19,8 +21,9 @@ import attrs
 from attrs import field
 
 from trainkit import provenance
-from trainkit.cli.output import error, number, print_json, printable, table, terminal
+from trainkit.cli.output import error, number, print_json, printable, table, terminal, written
 from trainkit.errors import TrainkitError, UsageError
+from trainkit.provenance import ABSENT, LISTED
 from trainkit.registry import installed
 from trainkit.rundir import RunDir, parse_json
 
@@ -31,6 +34,10 @@ __all__ = ["CHECK", "COMPARE", "LIST", "SHOW", "Finding", "StoredRun"]
 
 METRIC = "test_accuracy"
 UNFINISHED = "running or killed"
+SORTED_BY = ("newest", "name", "seed", "epochs", "final", "best", "seconds")
+NO_SETTINGS = {"name", "description", "source", "expect", "requires", "local", "plugins", "device"}
+HASH = re.compile(r"\b(?:blake2b:)?([0-9a-f]{12})[0-9a-f]{20,}\b")
+AT_ONCE = 3  # runs that a terminal of 80 columns shows beside each other
 
 
 # ---- what the files of a run hold
@@ -83,6 +90,36 @@ class StoredRun:
         if not (self.folder / "result.json").exists():
             return self._result_so_far()
         return self._read_json("result.json", mapping_from_json) or {}
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        found = re.search(r"^name: (\S+)$", self._text("recipe.yaml"), re.MULTILINE)
+        return found[1] if found else ""
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The recipe's single values and all options of its plugins, by dotted key.
+
+        The recipe's lines are read, for its values; reading it as a recipe takes far longer than a listing may.
+        """
+        lines = re.findall(r"^(\w+): (\S.*)$", self._text("recipe.yaml"), re.MULTILINE)
+        found: dict[str, Any] = {key: value for key, value in lines if key not in NO_SETTINGS}
+        plugins: list[dict[str, Any]] = []
+        with suppress(TrainkitError, TypeError, ValueError):  # `runs show` says what is wrong with the file
+            plugins = plugins_from_json(RunDir(self.folder).read_json("plugins.lock.json"))
+        for plugin in plugins:
+            found[plugin["name"]] = LISTED
+            options, without_effect = plugin.get("options"), plugin.get("without_effect")
+            if isinstance(options, dict) and isinstance(without_effect, list) and not plugin.get("observer"):
+                found |= {f"{plugin['name']}.{k}": v for k, v in options.items() if k not in without_effect}
+        return found
+
+    def _text(self, name: str) -> str:
+        try:
+            return RunDir(self.folder).read_log(name).decode(errors="replace")
+        except (OSError, TrainkitError):
+            return ""
 
     def record(self) -> dict[str, Any]:
         """Return what the run's numbers depend on."""
@@ -164,12 +201,12 @@ def find_runs(folder: Path) -> list[Path]:
 # ---- facts as tables
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values by dotted key."""
+def flat(tree: Mapping[str, Any], prefix: str = "", depth: int = 20) -> dict[str, Any]:
+    """Return nested values by dotted key; those that lie deeper than `depth` stay as they are."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, dict):
-            found.update(flat(value, f"{prefix}{name}."))
+        if isinstance(value, dict) and depth:
+            found.update(flat(value, f"{prefix}{name}.", depth - 1))
         else:
             found[f"{prefix}{name}"] = value
     return found
@@ -193,15 +230,50 @@ def result_facts(run: StoredRun) -> dict[str, Any]:
 
 
 def cell(value: Any) -> str:
-    """Return a value as a table shows it."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number(value) if is_number or value is None else str(value)
+    """Return a value as a table shows it: numbers as people read them, others as in a recipe; hashes are cut short."""
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return number(value)
+    text = value if isinstance(value, str) else written(value)
+    return HASH.sub(r"\1", text)
 
 
-def side_by_side(title: str, rows: Mapping[str, Sequence[Any]], columns: int) -> Any:
-    """Return a table with a row a key and a column a run."""
-    cells = [[key, *(cell(value) for value in values)] for key, values in rows.items()]
-    return table([title, *[""] * columns], cells)
+def side_by_side(title: str, rows: Mapping[str, Sequence[Any]], names: Sequence[str]) -> list[Any]:
+    """Return tables with a row a key and a column a run, of so many runs as fit beside each other.
+
+    Args:
+        title: heads the keys.
+        rows: for each key, the values of the runs.
+        names: head the runs.
+    """
+    tables = []
+    for start in range(0, len(names), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        cells = [[key, *(cell(value) for value in values[part])] for key, values in rows.items()]
+        tables.append(table([title, *names[part]], cells))
+    return tables
+
+
+def differing(runs: Sequence[StoredRun]) -> dict[Path, list[str]]:
+    """Return, by folder, what sets each run apart from most of its recipe: ``sgd.lr=0.02``, ``se=false``.
+
+    The seed is left out, which a listing shows anyway.
+    """
+    by_recipe: dict[str, list[StoredRun]] = {}
+    for run in runs:
+        by_recipe.setdefault(run.name, []).append(run)
+    found: dict[Path, list[str]] = {}
+    for group in by_recipe.values():
+        keys = dict.fromkeys(key for run in group for key in run.settings if key != "seed")
+        for key in keys:
+            values = [cell(run.settings.get(key, ABSENT)) for run in group]
+            (usual, _), *others = Counter(values).most_common()
+            for run, value in zip(group, values, strict=True) if others else ():
+                plugin, dot, _ = key.partition(".")
+                if value == usual or (dot and plugin not in run.settings):  # the plugin itself is what lacks
+                    continue
+                shown = {LISTED: key, ABSENT: f"{key}=false" if not dot else f"no {key}"}
+                found.setdefault(run.folder, []).append(shown.get(value, f"{key}={value}"))
+    return found
 
 
 def print_facts(args: argparse.Namespace, document: Any, tables: Iterable[Any], runs: Iterable[StoredRun]) -> int:
@@ -222,13 +294,21 @@ def print_facts(args: argparse.Namespace, document: Any, tables: Iterable[Any], 
 class ListRuns:
     """``trainkit runs list``."""
 
-    HELP = "List runs, newest first."
-    EXAMPLES = "examples:\n  trainkit runs list\n  trainkit runs list runs/basic_se\n"
+    HELP = "List runs, newest first, with what sets each apart from most runs of its recipe."
+    EXAMPLES = """\
+examples:
+  trainkit runs list
+  trainkit runs list runs/basic_se --sort best
+  trainkit runs list --metric test_loss --sort final
+"""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the command's arguments."""
         parser.add_argument(
             "folder", metavar="FOLDER", nargs="?", default=Path("runs"), type=Path, help="default: runs"
+        )
+        parser.add_argument(
+            "--sort", choices=SORTED_BY, default="newest", metavar="KEY", help=f"by {', '.join(SORTED_BY)}"
         )
         parser.add_argument("--metric", default=METRIC, metavar="NAME", help=f"which to show (default: {METRIC})")
         parser.add_argument("--json", action="store_true", help="print JSON")
@@ -238,29 +318,60 @@ class ListRuns:
         if not args.folder.is_dir():
             raise UsageError(f"{args.folder}: no such folder; give the one that holds runs")
         runs = [StoredRun(folder) for folder in find_runs(args.folder)]
-        # The recipe is not read: that takes far longer, and a result repeats what its recipe expects.
-        document = [{"run": str(run.folder), "result.json": run.result} for run in runs]
-        return print_facts(args, document, [self.table(runs, args.metric)], runs)
+        facts = {run.folder: self.facts(run, args.metric) for run in runs}
+        if args.sort != "newest":
+            runs.sort(key=lambda run: sort_key(args.sort, facts[run.folder][args.sort], args.metric))
+        differ = differing(runs)
+        document = [
+            {"run": str(run.folder), "seed": facts[run.folder]["seed"], "differs": differ.get(run.folder, [])}
+            | {"result.json": run.result}
+            for run in runs
+        ]
+        return print_facts(args, document, [self.table(facts, runs, differ, args.metric)], runs)
 
-    def table(self, runs: Iterable[StoredRun], metric: str) -> Any:
-        """Return a table with a row a run."""
-        columns = {
-            "status": "status",
-            "epochs": "epochs",
-            "final": f"final.{metric}",
-            "best": f"best.{metric}.value",
-            "expected": f"expected.{metric}",
-            "seconds": "seconds.total",
+    def facts(self, run: StoredRun, metric: str) -> dict[str, Any]:
+        """Return what a row says of a run."""
+        result = flat(run.result)
+        seed = run.settings.get("seed", "")
+        return {
+            "name": str(run.folder),
+            "seed": int(seed) if re.fullmatch(r"-?\d{1,18}", seed) else None,
+            "status": result.get("status"),
+            "epochs": result.get("epochs"),
+            "final": result.get(f"final.{metric}"),
+            "best": result.get(f"best.{metric}.value"),
+            "expected": result.get(f"expected.{metric}"),
+            "seconds": result.get("seconds.total"),
         }
+
+    def table(
+        self,
+        facts: Mapping[Path, Mapping[str, Any]],
+        runs: Sequence[StoredRun],
+        differ: Mapping[Path, Sequence[str]],
+        metric: str,
+    ) -> Any:
+        """Return a table with a row a run; what sets it apart stands under its path."""
+        columns = ["run", "seed", "status", "epochs", "final", "best", "expected", "seconds"]
         rows = []
         for run in runs:
-            facts = flat(run.result)
-            rows.append([str(run.folder), *(cell(facts.get(key)) for key in columns.values())])
-        numbers = [column for column in columns if column != "status"]
-        made = table(["run", *columns], rows, right=numbers)
-        made.columns[0].no_wrap = True  # a path to copy
-        made.caption = f"final, best and expected {printable(metric)}"
+            name, *cells = (cell(value) for value in facts[run.folder].values())
+            rows.append(["\n".join([name, *(f"  {each}" for each in differ.get(run.folder, []))]), *cells])
+        numbers = [column for column in columns if column not in ("run", "status")]
+        optional = ["expected", "seconds", "epochs", "seed", "status"]
+        made = table(columns, rows, right=numbers, optional=optional)
+        made.caption = f"final and best {printable(metric)}"
         return made
+
+
+def sort_key(column: str, value: Any, metric: str) -> tuple[bool, Any]:
+    """Return what a listing is sorted by: the best first, for a metric, and others upwards; last, what there is not."""
+    if column == "name":
+        return False, value
+    if not isinstance(value, int | float):
+        return True, 0
+    less_is_better = any(word in metric for word in ("loss", "error"))
+    return False, -value if column in ("final", "best") and not less_is_better else value
 
 
 class ShowRun:
@@ -286,14 +397,14 @@ class ShowRun:
             "data.json": run.data,
             "files": run.files(),
         }
-        made_by = flat({**run.recipe, "plugins": {}, "environment": run.environment, "data": run.data})
+        made_by = flat({**run.recipe, "plugins": {}, "environment": run.environment, "data": run.data}, depth=1)
         columns = ["name", "version", "source", "options"]
         plugins = [[cell(plugin.get(column)) for column in columns] for plugin in run.plugins]
         files = [(name, number(size)) for name, size in run.files().items()]
         tables = [
-            side_by_side("result", {key: [value] for key, value in result_facts(run).items()}, 1),
-            table(["plugin", *columns[1:]], plugins),
-            side_by_side("made by", {key: [value] for key, value in made_by.items()}, 1),
+            *side_by_side("result", {key: [value] for key, value in result_facts(run).items()}, [""]),
+            table(["plugin", *columns[1:]], plugins, optional=["source", "version"]),
+            *side_by_side("made by", {key: [value] for key, value in made_by.items()}, [""]),
             table(["file", "bytes"], files, right=["bytes"]),
         ]
         return print_facts(args, document, tables, [run])
@@ -302,7 +413,7 @@ class ShowRun:
 class CompareRuns:
     """``trainkit runs compare``."""
 
-    HELP = "Compare runs: their results side by side, and what differs in what produced them."
+    HELP = "Compare runs: where their results differ, and what differs in what produced them."
     EXAMPLES = "examples:\n  trainkit runs compare runs/se/*\n"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -317,9 +428,17 @@ class CompareRuns:
         keys = dict.fromkeys(key for of_one in facts for key in of_one)
         results = {key: [of_one.get(key) for of_one in facts] for key in keys}
         differences = self.differences(runs)
-        shown = differences or {"none": [""] * len(runs)}
-        tables = [side_by_side("result", results, len(runs)), side_by_side("difference", shown, len(runs))]
-        return print_facts(args, {"results": results, "differences": differences}, tables, runs)
+        if args.json:
+            return print_facts(args, {"results": results, "differences": differences}, [], runs)
+        out = terminal()
+        names = [f"run {n}" for n in range(1, len(runs) + 1)]
+        for name, run in zip(names, runs, strict=True):
+            out.print(printable(f"{name}: {run.folder}"), markup=False, highlight=False, soft_wrap=True)
+        apart = {key: values for key, values in results.items() if any(value != values[0] for value in values)}
+        apart.pop("run", None)
+        tables = [] if not apart else side_by_side("result", apart, names)
+        tables += side_by_side("difference", differences or {"none": [""] * len(runs)}, names)
+        return print_facts(args, None, tables, runs)
 
     def differences(self, runs: Sequence[StoredRun]) -> dict[str, list[Any]]:
         """Return what differs in what produced the runs: for each key a value a run."""

@@ -32,11 +32,11 @@ BUILT_IN = {
     "resume": "continue a run from its last checkpoint, exactly",
     "evaluate": "evaluate a run's checkpoint on the test split",
     "plugins": "list and show installed plugins",
-    "recipes": "list and show recipes",
+    "recipes": "list, show and explain recipes",
 }
 
 # The commands to which packages may add actions, with the actions that each has itself.
-ACTIONS = {"plugins": ("list", "show"), "recipes": ("list", "show"), "runs": ()}
+ACTIONS = {"plugins": ("list", "show"), "recipes": ("list", "show", "help"), "runs": ()}
 _PLAIN = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 
 # How long a thread spins at a barrier before it sleeps: GNU's OpenMP in iterations (by default 300,000, or for ever),

@@ -91,6 +91,9 @@ def guarded_output() -> Iterator[Output]:
         sys.stdout, sys.stderr = before
 
 
+BETWEEN = 3  # characters between two columns of a table
+
+
 def add_allow_local(parser: argparse.ArgumentParser) -> None:
     """Declare the option with which a user lets the files of a recipe's ``local`` run; the command line obeys it."""
     parser.add_argument(
@@ -111,6 +114,14 @@ def terminal(*, stderr: bool = False) -> Console:
     return made if made.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, width=120)
 
 
+def written(value: Any) -> str:
+    """Return a value as a recipe has it, on one line: ``true``, ``null``, ``[1, 2]``, ``{a: 1}``."""
+    import yaml
+
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
 def number(value: float | None) -> str:
     """Return a number as people read it: ``3,116,378``, ``93.83``, ``0.0123``; a dash for None."""
     if value is None:
@@ -123,21 +134,50 @@ def number(value: float | None) -> str:
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> Any:
-    """Return a rich table of plain text.
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    right: Sequence[str] = (),
+    optional: Sequence[str] = (),
+) -> Any:
+    """Return a rich table of plain text, in which words stay whole where the terminal has room for them.
 
     Args:
         columns: headings.
         rows: cells; every one is printed as plain text.
         right: headings of the columns that are aligned to the right.
+        optional: headings of the columns that are left out, the first one first, where words would be broken otherwise.
     """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
+    cells = [[printable(cell) for cell in row] for row in rows]
+    texts = {column: [column, *(row[n] for row in cells)] for n, column in enumerate(columns)}
+    words = {column: max(len(word) for text in texts[column] for word in text.split() or [""]) for column in columns}
+    lines = {column: max(len(line) for text in texts[column] for line in text.split("\n")) for column in columns}
+    width, kept = terminal().width, list(columns)
+    for column in optional:
+        if sum(words[c] + BETWEEN for c in kept) > width + 1:
+            kept.remove(column)
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*(Text(printable(cell)) for cell in row))
+    room = width + 1 - BETWEEN * len(kept)
+    widths = _shared([words[c] for c in kept], [lines[c] for c in kept], room)
+    for column, width in zip(kept, widths, strict=True):
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold", width=width)
+    for row in cells:
+        made.add_row(*(Text(cell) for cell, column in zip(row, columns, strict=True) if column in kept))
     return made
+
+
+def _shared(least: Sequence[int], most: Sequence[int], room: int) -> list[int]:
+    """Share the width of a terminal among columns: what remains goes to the narrowest, what lacks is the widest's."""
+    widths = list(least)
+    while sum(widths) > max(room, len(widths)):
+        widths[widths.index(max(widths))] -= 1
+    while sum(widths) < room and any(w < m for w, m in zip(widths, most, strict=True)):
+        narrowest = min(w for w, m in zip(widths, most, strict=True) if w < m)
+        n = next(n for n, w in enumerate(widths) if w == narrowest and w < most[n])
+        widths[n] += 1
+    return widths

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainkit.cli.output import print_json, printable, table, terminal
@@ -60,23 +62,47 @@ def _show(name: str, as_json: bool) -> int:
         near = did_you_mean(name, have) or "; `trainkit plugins list` shows what is installed"
         raise PluginError(f"no plugin {name!r} is installed{near}")
     record = only(name, have[name])
-    facts = {**_facts(record), **_describe(record)}
+    facts = {**_facts(record), **describe(record)}
     if as_json:
         print_json(facts)
         return 0
     out = terminal()
-    for line in (f"{record.name} {record.version}, from {record.distribution} ({record.source})", facts["doc"], ""):
-        out.print(printable(line), markup=False, highlight=False)
+    heading = f"{record.name} {record.version}, from {record.distribution} ({record.source})"
+    for paragraph in [heading, *_paragraphs(facts["doc"])]:
+        out.print(printable(paragraph), markup=False, highlight=False)
     if facts["options"]:
-        rows = [(option["name"], option["type"], option["default"]) for option in facts["options"]]
-        out.print(table(["option", "type", "default"], rows))
+        out.print(options_table(facts["options"]))
     for key in ("hooks", "after", "before", "conflicts", "claims"):
         if facts[key]:
             out.print(f"{key}: {printable(', '.join(facts[key]))}", markup=False, highlight=False)
     return 0
 
 
-def _describe(record: Installed) -> dict[str, Any]:
+def _paragraphs(doc: str) -> list[str]:
+    """Return what a docstring says before its sections; a list in it keeps its lines."""
+    text = re.split(r"^(?:Args|Raises|Returns|Examples?):$", doc, maxsplit=1, flags=re.MULTILINE)[0].strip()
+    paragraphs = re.split(r"\n\s*\n", text.replace("``", "`"))
+    return [each if re.search(r"\n\s*([*-]|\s{2})", each) else " ".join(each.split()) for each in paragraphs]
+
+
+def options_table(options: Sequence[Mapping[str, str]], given: Mapping[str, str] | None = None) -> Any:
+    """Return a table of options, with what each means.
+
+    Args:
+        options: name, type, default and meaning of each.
+        given: the values that a recipe gives some, in place of the defaults.
+    """
+    columns = ["option", "type", "default", "meaning"] if given is None else ["option", "here", "type", "meaning"]
+    rows = []
+    for option in options:
+        value = option["default"] if given is None else given.get(option["name"], option["default"])
+        shown = [option["type"], value] if given is None else [value, option["type"]]
+        rows.append([option["name"], *shown, option["meaning"].replace("``", "`")])
+    return table(columns, rows)
+
+
+def describe(record: Installed) -> dict[str, Any]:
+    """Return what a plugin's class says: docstring, options, hooks and constraints. It is imported."""
     import inspect
 
     import attrs

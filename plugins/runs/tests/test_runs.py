@@ -79,10 +79,48 @@ def test_list_prints_a_row_for_each(runs, capsys):
     printed = capsys.readouterr().out.splitlines()
     result = json.loads((runs / "a" / "result.json").read_text())
     (row,) = (line.split() for line in printed if "runs/small/a" in line)
-    assert row[:3] == ["runs/small/a", "completed", "2"]
-    assert float(row[3]) == pytest.approx(result["final"]["test_accuracy"], abs=0.01)
-    assert float(row[4]) == pytest.approx(result["best"]["test_accuracy"]["value"], abs=0.01)
-    assert row[5] == "98"
+    assert row[:4] == ["runs/small/a", "0", "completed", "2"]
+    assert float(row[4]) == pytest.approx(result["final"]["test_accuracy"], abs=0.01)
+    assert float(row[5]) == pytest.approx(result["best"]["test_accuracy"]["value"], abs=0.01)
+    assert row[6] == "98"
+
+
+def test_list_tells_what_sets_a_run_apart_from_most_of_its_recipe(runs, ask, capsys):
+    shutil.copytree(runs / "a", runs / "c")
+    listed = {run["run"][-1]: (run["seed"], run["differs"]) for run in ask("runs", "list")[1]}
+    assert listed == {"a": (0, []), "b": (1, ["sgd.lr=0.05"]), "c": (0, [])}
+    assert main(["runs", "list"]) == 0
+    assert "\n   sgd.lr=0.05 " in capsys.readouterr().out
+
+
+def test_list_is_sorted_as_it_is_asked(runs, ask):
+    for name, final in (("a", {"test_accuracy": 90.0, "test_loss": 0.1}), ("b", {"test_accuracy": 95.0})):
+        path = runs / name / "result.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "final": final}))
+
+    def order(*arguments):
+        return "".join(run["run"][-1] for run in ask("runs", "list", *arguments)[1])
+
+    assert [order("--sort", key) for key in ("newest", "name", "seed", "final")] == ["ba", "ab", "ab", "ba"]
+    assert order("--sort", "final", "--metric", "test_loss") == "ab"  # b has none
+    with pytest.raises(SystemExit):
+        main(["runs", "list", "--sort", "speed"])
+
+
+def test_at_80_columns_no_word_or_number_is_broken(runs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    long = runs / "20260101-120000-0000000"
+    shutil.copytree(runs / "b", long)
+    assert main(["runs", "list"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "runs/small/20260101-120000-0000000 " in printed
+    assert printed.count("completed") == 3
+    assert main(["runs", "compare", "runs/small/a", "runs/small/b"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "plugins.sgd.lr   0.1     0.05" in printed
+    assert "parameters" not in printed  # which do not differ
 
 
 def test_list_finds_runs_in_the_folder_of_one_recipe(runs, ask):
@@ -169,7 +207,7 @@ def test_show_puts_what_is_expected_beside_what_was_reached(runs, capsys):
     names = [line.split()[0] for line in printed.splitlines() if line.split()]
     at = names.index("final.test_accuracy")
     assert names[at + 1 : at + 4] == ["best.test_accuracy.value", "best.test_accuracy.epoch", "expected.test_accuracy"]
-    for said in ("'lr': 0.1", "environment.packages.torch"):
+    for said in ("lr: 0.1", "environment.packages"):
         assert said in printed
     assert ["figures/loss.png", "1,234"] in [line.split() for line in printed.splitlines()]
 
