@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import math
+from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,15 +15,16 @@ from attrs import field
 from attrs.validators import ge
 
 from trainkit import Run
-from trainkit.errors import RecipeError
+from trainkit.cli.output import printable, terminal
+from trainkit.errors import RecipeError, UsageError
 from trainkit.plugin import hookimpl, plugin, recipe_file
-from trainkit.rundir import read_regular
+from trainkit.rundir import RunDir, atomic_write, read_regular
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Figures"]
+__all__ = ["CURVES", "Figures", "overlay"]
 
 Rows = list[dict[str, float]]  # as in run.history
 Points = list[tuple[float, float]]  # epochs and values
@@ -36,6 +39,8 @@ LINES: dict[str, dict[str, Any]] = {
     "validation": {"linewidth": 2.4, "marker": "D"},
 }
 MARKERS = 25  # on a curve; among more, they would hide the line
+# Colours of several runs (Okabe and Ito); from the ninth run on they come again, dashed.
+SEVERAL = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B5A2B", "#666666")
 # The title of each metric's figure, and the label of its y axis.
 TITLES = {"loss": ("Train vs {split} Loss", "loss"), "accuracy": ("Model Accuracy", "accuracy (%)")}
 STYLE: dict[str, Any] = {
@@ -242,3 +247,92 @@ def _read(path: Path) -> Rows:
     if "epoch" not in names or len(names) == 1 or not rows:
         raise RecipeError(f"published: {path}: expected rows under a line that names some of {', '.join(COLUMNS)}")
     return rows
+
+
+def overlay(histories: Mapping[str, Rows], metric: str) -> Figure:
+    """Draw one metric of several runs over each other.
+
+    Args:
+        histories: the epochs of each run, by the name that the legend gives it.
+        metric: such as ``test_accuracy`` or ``lr``.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 7), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    choose = min if "loss" in metric or "error" in metric else max
+    last = 1.0
+    for n, (name, rows) in enumerate(histories.items()):
+        points = [(row["epoch"], row[metric]) for row in rows if math.isfinite(row.get(metric, math.nan))]
+        if not points:
+            continue
+        epoch, value = choose(points, key=itemgetter(1))
+        label = f"{name}: last {points[-1][1]:#.4g}, best {value:#.4g} (epoch {epoch:g})".replace("$", r"\$")
+        line = "--" if n // len(SEVERAL) % 2 else "-"
+        _plot(axes, points, line, color=SEVERAL[n % len(SEVERAL)], marker="osD^v"[n % 5], label=label)
+        last = max(last, points[-1][0])
+    _label_epochs(axes, last)
+    axes.set_ylabel(metric)
+    axes.set_title(f"{metric} of {len(histories)} runs", loc="left", pad=14)
+    axes.legend(loc="best", fontsize=12)
+    return figure
+
+
+class _Curves:
+    """``trainkit runs curves``."""
+
+    HELP = "Draw the curves of several runs over each other."
+    EXAMPLES = """\
+examples:
+  trainkit runs curves runs/basic_se/*
+  trainkit runs curves runs/a/20260101-120000-0 runs/b/20260101-130000-0 --metric test_loss -o loss.svg
+"""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Declare the action's arguments."""
+        parser.add_argument("folders", metavar="RUN_DIR", nargs="+", type=Path, help="the directory of a run")
+        parser.add_argument("--metric", metavar="NAME", default="test_accuracy", help="default: test_accuracy")
+        parser.add_argument("--dark", action="store_true", help="on a dark background")
+        parser.add_argument(
+            "-o", "--output", metavar="FILE", type=Path, default=Path("curves.png"), help="a .png or .svg file"
+        )
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Read the runs' tables of epochs and write the picture."""
+        kind = args.output.suffix.lower().removeprefix(".")
+        if kind not in ("png", "svg"):
+            raise UsageError(f"{args.output}: the name of a picture ends in .png or .svg")
+        histories = {str(folder): _epochs(folder) for folder in args.folders}
+        known = list(dict.fromkeys(name for rows in histories.values() for row in rows for name in row))
+        if args.metric not in known:
+            raise UsageError(f"--metric: no run has {args.metric!r}; there are {', '.join(known[:20])}")
+        import matplotlib.style
+
+        data = io.BytesIO()
+        with matplotlib.style.context(["default", {**STYLE, **(DARK if args.dark else {})}]):
+            metadata = {"Date": None} if kind == "svg" else None
+            overlay(histories, args.metric).savefig(data, format=kind, metadata=metadata)
+        atomic_write(args.output, data.getvalue())
+        terminal().print(printable(args.output), markup=False, highlight=False, soft_wrap=True)
+        return 0
+
+
+def _epochs(folder: Path) -> Rows:
+    """Return the rows of a run's table of epochs, without empty cells."""
+    path = folder / "metrics.csv"
+    try:
+        text = RunDir(folder).read_log("metrics.csv").decode()
+        rows = csv.DictReader(io.StringIO(text, newline=""))
+        found = [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}; the plugin metric_log writes it") from error
+    except (ValueError, TypeError, csv.Error) as error:
+        raise UsageError(f"{path}: no table of numbers: {error}") from error
+    if not found or not all("epoch" in row for row in found):
+        raise UsageError(f"{path}: no rows with a column `epoch`")
+    return found
+
+
+CURVES = _Curves

@@ -202,6 +202,7 @@ def compose(
         ("metrics:", "loss and accuracy"),
         ("metric_log:", "metrics.csv, metrics.jsonl"),
         ("figures:", "curves"),
+        ("sample_images:", "what augmentation does to them"),
         ("confusion_matrix:", "which class is taken for which"),
         ("progress:", "what is shown meanwhile"),
         ("ledger:", "what `trainkit verify` checks"),

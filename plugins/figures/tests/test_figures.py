@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from trainkit import TrainkitError, fit
+from trainkit.cli import main
 from trainkit.errors import RecipeError
 from trainkit.plugin import hookimpl, plugin
 from trainkit.rundir import RunDir
@@ -222,3 +223,40 @@ def test_a_published_file_is_a_regular_one_of_bounded_size(tmp_path, kind):
         os.truncate(path, 1 << 40)
     with pytest.raises(RecipeError, match=r"curve\.csv: cannot be read: it is (no regular file|larger than 16 MiB)"):
         Figures(published=path).fit_start()
+
+
+@pytest.fixture
+def two_runs(tmp_path, monkeypatch):
+    """Two run directories with a table of epochs each, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for name, values in (("a", (50, 70, 65)), ("b", (40, 60))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").touch()
+        rows = [f"{epoch},{value}," for epoch, value in enumerate(values, 1)]
+        (tmp_path / name / "metrics.csv").write_text("\n".join(["epoch,test_accuracy,test_loss", *rows]) + "\n")
+    return tmp_path
+
+
+def test_several_runs_are_drawn_over_each_other(two_runs):
+    assert main(["runs", "curves", "a", "b", "-o", "both.svg"]) == 0
+    said = texts(two_runs / "both.svg")
+    assert "a: last 65.00, best 70.00 (epoch 2)" in said
+    assert "b: last 60.00, best 60.00 (epoch 2)" in said
+    assert main(["runs", "curves", "a", "b", "--dark"]) == 0
+    assert (two_runs / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["a", "--metric", "test_acuracy"], "no run has 'test_acuracy'; there are epoch, test_accuracy"),
+        (["a", "c"], "metrics.csv: cannot be read"),
+        (["a", "-o", "x.jpg"], "ends in .png or .svg"),
+        (["empty"], "no rows with a column `epoch`"),
+    ],
+)
+def test_curves_that_cannot_be_drawn(two_runs, capsys, arguments, said):
+    (two_runs / "empty").mkdir()
+    (two_runs / "empty" / "metrics.csv").write_text("epoch\n")
+    assert main(["runs", "curves", *arguments]) == 2
+    assert said in capsys.readouterr().err

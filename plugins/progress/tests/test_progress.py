@@ -118,7 +118,15 @@ def test_bars_count_both_passes_and_show_the_last_metrics(tmp_path, every_step):
     assert any(re.search(r"epoch 1/2 .*\ntrain 3/4 .* img/s loss 0\.5000", row) for row in rows)
     assert any(re.search(r"epoch 2/2 eta \d:\d\d:\d\d test_loss 0\.5000\s*\ntest 1/2 .* img/s", row) for row in rows)
     assert re.search(r"epoch 2/2 eta 0:00:00 test_loss 0\.2500\s*\ntest 2/2", rows[-1])
-    assert "train_loss" not in show.text
+
+
+def test_the_line_of_each_epoch_stays_above_the_bars(tmp_path, every_step):
+    lines = [line.strip() for line in plain(show(tmp_path, terminal=True)).replace("\r", "\n").splitlines()]
+    first, second = (
+        lines.index(f"epoch {n}/2  train loss {v}  test loss {v}") for n, v in ((1, "0.5000"), (2, "0.2500"))
+    )
+    bars = [n for n, line in enumerate(lines) if "━" in line]
+    assert first < second < max(bars)
 
 
 @pytest.mark.parametrize("width", [40, 80])
@@ -211,7 +219,7 @@ def test_a_last_batch_counts_the_images_it_has(tmp_path, clock):
 
 def test_bars_are_drawn_by_the_clock_and_not_by_the_step(tmp_path, clock):
     text = show(tmp_path, terminal=True, epochs=5)
-    assert len(pictures(text)) <= 3  # at the start and at the end
+    assert text.count("img/s") <= 3 + 5  # at the start and at the end, and under the line of each epoch
     assert "  loss" not in text  # no record was asked for
 
 
