@@ -25,7 +25,7 @@ from trainkit.errors import TrainkitError, UsageError, did_you_mean
 from trainkit.local import allow_local
 from trainkit.registry import COMMANDS, Installed, installed, only
 
-__all__ = ["main"]
+__all__ = ["full_parser", "main"]
 
 BUILT_IN = {
     "run": "train what a recipe describes",
@@ -225,6 +225,32 @@ def _parser(extra: dict[str, list[Installed]]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version")
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     return parser
+
+
+def full_parser() -> argparse.ArgumentParser:
+    """Return one parser of every command and action, for programs that complete what is typed. All are imported."""
+    extra = _extra()
+    parser = argparse.ArgumentParser(prog="trainkit", add_help=False)
+    parser.add_argument("--version", action="store_true", help="print the version")
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for name, text in BUILT_IN.items():
+        _add_command(commands, name, text, import_module(f"trainkit.cli.{name}"))
+    for name, records in extra.items():
+        first, _, action = name.partition(".")
+        command = only(name, records, "command").load()
+        parent = commands
+        if action:
+            owner = commands.choices.get(first) or commands.add_parser(first, help=f"has actions: {first} ACTION")
+            known = [each for each in owner._actions if isinstance(each, argparse._SubParsersAction)]
+            parent = known[0] if known else owner.add_subparsers(metavar="ACTION")
+        _add_command(parent, action or first, command.HELP, command)
+    return parser
+
+
+def _add_command(parent: Any, name: str, text: str, command: Any) -> None:
+    parser = parent.add_parser(name, help=_literal(text))
+    command.add_arguments(parser)
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
 
 
 def _extra_commands(extra: dict[str, list[Installed]]) -> dict[str, str]:
