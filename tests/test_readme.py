@@ -84,7 +84,7 @@ def test_from_python(tmp_path, monkeypatch, capsys):
     code = block("python", section("From Python"))
     shorter = code.replace('["epochs=2"]', '["epochs=1", "max_steps=2", "plugins.figures=false"]')
     assert shorter != code
-    exec(shorter, {})
+    exec(shorter, {})  # a name alone on the last line shows nothing there
     final, evaluated = capsys.readouterr().out.splitlines()[-1].split(maxsplit=1)
     assert f"'test_accuracy': {final}" in evaluated
 

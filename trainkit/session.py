@@ -66,6 +66,12 @@ class Result:
     evidence: dict[str, Any] = attrs.field(factory=dict)
     path: Path | None = None
 
+    def _repr_html_(self) -> str:
+        """Show the result in a notebook: what was expected and reached, and the run's pictures."""
+        from trainkit.notebook import result_html
+
+        return result_html(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Return what ``result.json`` holds."""
         plain: dict[str, Any] = attrs.asdict(self, filter=lambda attribute, _: attribute.name != "path")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -11,11 +12,12 @@ import shtab
 
 from trainkit.cli import full_parser
 from trainkit.cli.output import printable
-from trainkit.errors import PluginError
+from trainkit.errors import PluginError, UsageError
 from trainkit.hooks import load_class
 from trainkit.options import options_of
 from trainkit.recipe import Recipe
 from trainkit.registry import PLUGINS, installed
+from trainkit.rundir import atomic_write
 
 __all__ = ["COMPLETION", "script"]
 
@@ -85,19 +87,29 @@ class _Completion:
     HELP = "Print what makes bash or zsh complete commands, recipes, plugins and options."
     EXAMPLES = """\
 examples:
-  trainkit completion bash > ~/.local/share/bash-completion/completions/trainkit
-  trainkit completion zsh > ~/.zfunc/_trainkit
+  trainkit completion bash -o ~/.local/share/bash-completion/completions/trainkit
+  trainkit completion zsh -o ~/.zfunc/_trainkit
 """
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Declare the command's arguments."""
         parser.add_argument("shell", choices=["bash", "zsh"], help="of which shell")
+        parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write it there")
 
     @staticmethod
     def run(args: argparse.Namespace) -> int:
-        """Print the script."""
-        print(script(args.shell))
+        """Print the script, or write it."""
+        made = script(args.shell)
+        if args.output is None:
+            print(made)
+            return 0
+        try:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(args.output, made)
+        except OSError as error:
+            raise UsageError(f"{args.output}: cannot be written: {error.strerror}") from error
+        print(printable(f"{args.output}: shells that are started from now on read it"))
         return 0
 
 

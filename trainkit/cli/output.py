@@ -14,6 +14,8 @@ from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from trainkit.session import Result
+
 __all__ = [
     "Output",
     "add_allow_local",
@@ -132,6 +134,17 @@ def number(value: float | None) -> str:
     if float(value).is_integer():
         return f"{int(value):,}"
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
+
+
+def result_rows(result: Result) -> list[tuple[str, str, str, str]]:
+    """Return name, expected, reached and best value of each metric as people read them; the expected ones first."""
+    reached = {"parameters": result.parameters, **result.final}
+    rows = []
+    for name in dict.fromkeys([*result.expected, *reached]):
+        best = result.best.get(name)
+        said = f"{number(best['value'])} (epoch {best['epoch']:g})" if best else ""
+        rows.append((name, number(result.expected.get(name)), number(reached.get(name)), said))
+    return rows
 
 
 def table(

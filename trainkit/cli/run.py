@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from trainkit.cli.output import add_allow_local, number, print_json, printable, table, terminal
+from trainkit.cli.output import add_allow_local, number, print_json, printable, result_rows, table, terminal
 from trainkit.errors import RecipeError, UsageError, did_you_mean
 from trainkit.plugin import declared
 
@@ -150,7 +150,8 @@ def _report(result: Result, console: Console, *, as_json: bool) -> None:
     if as_json:
         print_json({**result.to_dict(), "run_dir": str(result.path)})
     else:
-        console.print(_result_table(result))
+        columns = ["", "expected", "reached", "best"]
+        console.print(table(columns, result_rows(result), right=columns[1:]))
         speed = f", {result.images_per_second:,.0f} images/s" if result.images_per_second else ""
         console.print(f"{result.status} in {result.seconds['total']:.1f} s{speed}", highlight=False)
         assert result.path is not None
@@ -168,23 +169,6 @@ def _report(result: Result, console: Console, *, as_json: bool) -> None:
             else "not saved: its recipe lists no plugin that saves checkpoints"
         )
         console.print(f"stopped by {printable(result.reason)}; {cure}", **PLAIN)
-
-
-def _result_table(result: Result) -> Any:
-    reached = {"parameters": result.parameters, **result.final}
-    names = [*result.expected, *(name for name in reached if name not in result.expected)]
-    rows = []
-    for name in names:
-        best = result.best.get(name)
-        rows.append(
-            (
-                name,
-                number(result.expected.get(name)),
-                number(reached.get(name)),
-                f"{number(best['value'])} (epoch {best['epoch']:g})" if best else "",
-            )
-        )
-    return table(["", "expected", "reached", "best"], rows, right=["expected", "reached", "best"])
 
 
 def _dry_run(trial: Run, *, as_json: bool) -> int:

@@ -3,6 +3,7 @@ import subprocess
 
 import pytest
 
+from trainkit.cli import main
 from trainkit_completion import script
 
 
@@ -13,7 +14,7 @@ def bash(tmp_path_factory):
     if program is None:
         pytest.skip("no bash here")
     folder = tmp_path_factory.mktemp("shell")
-    (folder / "completion.sh").write_text(script("bash"))
+    assert main(["completion", "bash", "-o", str(folder / "completion.sh")]) == 0
     (folder / "mine.yaml").touch()
     (folder / "notes.txt").touch()
     (folder / "runs").mkdir()
