@@ -38,6 +38,7 @@ __all__ = [
     "count_images",
     "evaluated_model",
     "load_model",
+    "pack_safetensors",
     "read_safetensors",
 ]
 
@@ -236,6 +237,30 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except Exception as error:  # safetensors raises an error of its own
         raise CheckpointError(f"{path}: not a safetensors file: {' '.join(str(error).split())[:200]}") from error
     return tensors, metadata
+
+
+def pack_safetensors(model: nn.Module, description: dict[str, Any]) -> bytes:
+    """Return a network's state dict as a safetensors file.
+
+    Args:
+        model: the network. Entries that share memory, such as a shared kernel, are stored under the first name; the
+            file's metadata maps the other names to it in ``shared``.
+        description: plain data for the metadata's ``trainkit``.
+    """
+    from safetensors.torch import save
+
+    kept: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and place in kept:
+            shared[name] = kept[place]
+        else:
+            kept[place] = name
+            tensors[name] = tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+    metadata = {"format": "pt", "trainkit": json.dumps(description), "shared": json.dumps(shared)}
+    return save(tensors, metadata)
 
 
 def _described(directory: RunDir) -> tuple[Data, bool]:

@@ -1,16 +1,15 @@
 """Weights for use elsewhere."""
 
-import json
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainkit import Run
+from trainkit.inference import pack_safetensors
 from trainkit.plugin import hookimpl, plugin
 from trainkit.run import best_of
 
-__all__ = ["Weights", "packed"]
+__all__ = ["Weights"]
 
 
 @plugin
@@ -42,7 +41,7 @@ class Weights:
     def _write(self, run: Run, name: str) -> None:
         assert run.dir is not None
         evaluated = run.hooks.one("eval_model", (nn.Module, type(None)), default=lambda run: None)(run) or run.model
-        run.dir.write(f"weights/{name}.safetensors", packed(evaluated, described(run)))
+        run.dir.write(f"weights/{name}.safetensors", pack_safetensors(evaluated, described(run)))
 
 
 def described(run: Run) -> dict[str, Any]:
@@ -54,27 +53,3 @@ def described(run: Run) -> dict[str, Any]:
         "metrics": run.history[-1] if run.history else {},
         "data": {name: value for name, value in run.provenance["data"].items() if name != "splits"},
     }
-
-
-def packed(model: nn.Module, description: dict[str, Any]) -> bytes:
-    """Return a network's state dict as a safetensors file.
-
-    Args:
-        model: the network. Entries that share memory, such as a shared kernel, are stored under the first name; the
-            file's metadata maps the other names to it in ``shared``.
-        description: plain data for the metadata's ``trainkit``.
-    """
-    from safetensors.torch import save
-
-    kept: dict[tuple[Any, ...], str] = {}
-    tensors: dict[str, Tensor] = {}
-    shared: dict[str, str] = {}
-    for name, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and place in kept:
-            shared[name] = kept[place]
-        else:
-            kept[place] = name
-            tensors[name] = tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
-    metadata = {"format": "pt", "trainkit": json.dumps(description), "shared": json.dumps(shared)}
-    return save(tensors, metadata)

@@ -1,0 +1,181 @@
+import json
+import re
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import trainkit_export
+from trainkit import load_model
+from trainkit.cli import main
+from trainkit.errors import RunError
+from trainkit_digits import Digits
+
+RECIPE = """\
+name: shared
+description: "kernels | shared"
+source: "[a](javascript:b)"
+epochs: 2
+batch_size: 64
+device: cpu
+expect: {test_accuracy: 90}
+plugins:
+  digits:
+  normalize: {mean: [0.3], std: [0.4]}
+  resnet: {stem: 8, blocks: [2, 1], channels: [16, 32]}
+  se: {after: ["stages.*.*.bn2"], reduction: 4}
+  kernel_sharing: {within: ["stages.*"]}
+  cross_entropy:
+  sgd: {lr: 0.1, momentum: 0.9}
+  ema: {decay: 0.9}
+  metrics:
+  metric_log:
+  checkpoint:
+"""
+IMAGES = Digits().data().test.images[:33]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "shared.yaml").write_text(RECIPE)
+    assert main(["run", str(folder / "shared.yaml"), "--run-dir", str(folder / "out")]) == 0
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def exported(run_dir, tmp_path_factory):
+    """A folder with a file of each format; what the command said of each, as JSON."""
+    folder = tmp_path_factory.mktemp("exported")
+    said = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        documents = []
+        patch.setattr(trainkit_export, "print_json", documents.append)
+        for form in trainkit_export.FORMATS:
+            assert main(["export", str(run_dir), "--format", form, "--json"]) == 0
+            said[form] = documents[-1]
+        assert main(["export", str(run_dir), "--quantize", "-o", "small.onnx", "--json"]) == 0
+        said["quantized"] = documents[-1]
+    return folder, said
+
+
+def outputs_of(run_dir, images):
+    """The network's outputs in float32, as the run evaluates it."""
+    return load_model(run_dir).outputs(images).numpy()
+
+
+@pytest.mark.parametrize("count", [1, 33])
+def test_onnxruntime_gives_the_runs_outputs_for_any_number_of_images(exported, run_dir, count):
+    folder, _ = exported
+    session = onnxruntime.InferenceSession(folder / "shared.onnx")
+    (logits,) = session.run(None, {"images": IMAGES[:count].numpy()})
+    np.testing.assert_allclose(logits, outputs_of(run_dir, IMAGES[:count]), atol=1e-4)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == [str(digit) for digit in range(10)]
+    assert json.loads(metadata["trainkit"])["data"]["preprocessing"]["test"] == {
+        "normalize": {"mean": [0.3], "std": [0.4]}
+    }
+
+
+def test_torch_gives_the_runs_outputs_from_its_archive(exported, run_dir):
+    network = torch.export.load(exported[0] / "shared.pt2").module()
+    np.testing.assert_allclose(network(IMAGES[:5]).detach().numpy(), outputs_of(run_dir, IMAGES[:5]), atol=1e-4)
+
+
+def test_the_weights_are_those_that_were_evaluated(exported, run_dir):
+    with safe_open(exported[0] / "shared.safetensors", "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    averaged = torch.load(run_dir / "checkpoints" / "best.pt", weights_only=True)["plugins"]["ema"]["state"]["model"]
+    assert all(torch.equal(stored[name], averaged[name]) for name in stored)
+
+
+def test_a_shared_kernel_is_stored_once(exported):
+    folder, said = exported
+    kernels = [
+        onnx.numpy_helper.to_array(tensor).tobytes()
+        for tensor in onnx.load(folder / "shared.onnx").graph.initializer
+        if tensor.dims[-2:] == [3, 3]
+    ]
+    assert len(kernels) == len(set(kernels))
+    for form in trainkit_export.FORMATS:
+        kept = said[form]["stored"]
+        assert (kept["shared"] > 0, kept["copies"]) == (True, 0)
+        assert kept["tensors"] <= kept["network"]
+
+
+def test_the_command_says_how_the_file_compares(exported):
+    _, said = exported
+    for form, document in said.items():
+        found = document["check"]
+        assert found["images"] == 256
+        assert found["source"] == "of the test split"
+        if form != "quantized":
+            assert found["difference"] < 1e-4
+            assert found["agree"] == found["as_evaluated"] == 256
+            assert found["accuracy"][0] == found["accuracy"][1]
+
+
+def test_a_quantized_network_is_smaller_and_computes_with_int8(exported):
+    folder, said = exported
+    types = {tensor.data_type for tensor in onnx.load(folder / "small.onnx").graph.initializer}
+    assert onnx.TensorProto.INT8 in types
+    assert said["quantized"]["stored"]["tensors"] < 0.5 * said["onnx"]["stored"]["tensors"]
+    assert said["quantized"]["check"]["agree"] >= 240
+
+
+@pytest.mark.parametrize("form", trainkit_export.FORMATS)
+def test_what_the_model_card_tells_to_do_works(exported, run_dir, monkeypatch, capsys, form):
+    folder, _ = exported
+    monkeypatch.chdir(folder)
+    Image.fromarray(IMAGES[0, 0].numpy()).save("image.png")
+    card = (folder / f"shared{trainkit_export.FORMATS[form]}.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    capsys.readouterr()
+    exec(snippet, {})
+    predicted = str(int(outputs_of(run_dir, IMAGES[:1]).argmax()))
+    tensors = f"{len(load_model(run_dir).model.state_dict())} tensors; 10 classes"
+    assert capsys.readouterr().out.strip() == (tensors if form == "safetensors" else predicted)
+    assert "| test\\_accuracy | 90 |" in card
+    assert "kernels \\| shared" in card
+    assert r"\[a\](javascript" in card  # no link
+    assert str(folder) not in card
+
+
+def test_a_file_that_computes_something_else_is_not_left(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    real = trainkit_export.run_file
+    monkeypatch.setattr(trainkit_export, "run_file", lambda *args: real(*args) + 0.1)
+    assert main(["export", str(run_dir), "--format", "safetensors"]) == RunError.exit_code
+    assert "differs from the run's by 0.1" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--format", "safetensors", "--quantize"], "int8 is offered for onnx, and not for safetensors"),
+        (["-o", "network.pt"], "ends in .onnx"),
+        (["--format", "safetensors", "--images", "nothing.png"], "nothing.png"),
+        (["--format", "safetensors", "--images", "."], "no images here"),
+        (["--format", "safetensors", "plugins.digits.test_fraction=7"], "--images"),
+        (["--format", "safetensors", "-o", "nowhere/network.safetensors"], "cannot be written"),
+    ],
+)
+def test_what_cannot_be_done_is_said_and_nothing_is_left(run_dir, tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(run_dir), *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_images_may_be_given(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(IMAGES[0, 0].numpy()).save("a.png")
+    assert main(["export", str(run_dir), "--format", "safetensors", "--images", "a.png", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["check"]
+    assert (found["images"], found["source"], found["accuracy"]) == (1, "a.png", None)
