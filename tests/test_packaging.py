@@ -21,7 +21,10 @@ from .environments import PLUGINS, ROOT, Environment, distribution, environment,
 
 SAMPLE = ("sgd", "runs")  # a provider and a command
 
-ON_DEMAND = {"read_safetensors": "safetensors", "pack_safetensors": "safetensors"}  # what needs a package that trainkit itself does not require
+ON_DEMAND = {
+    "read_safetensors": "safetensors",
+    "pack_safetensors": "safetensors",
+}  # what needs a package that trainkit itself does not require
 
 SLOW_IMPORTS = ("compile", "timm_model")  # five seconds each, which their own tests spend, too
 

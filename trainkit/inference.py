@@ -329,7 +329,7 @@ def confusion_matrix(run: Run, split: str) -> Tensor:
     """
     n = len(run.data.classes)
     counts = torch.zeros(n * n, dtype=torch.int64, device=run.device)
-    model = run.hooks.one("eval_model", (nn.Module, type(None)), default=lambda run: None)(run) or run.forward
+    model = run.evaluated_model()
     was_training = model.training
     model.eval()
     try:

@@ -292,6 +292,11 @@ class Run:
             output = (self.forward if model is None else model)(batch.images)
             return output, self.loss(output, batch.targets)
 
+    def evaluated_model(self) -> nn.Module:
+        """Return the network that the run evaluates: the one that a plugin gives in its place, else its own."""
+        given = self.hooks.one("eval_model", (nn.Module, type(None)), default=lambda run: None)(self)
+        return self.forward if given is None else given
+
     def metric_key(self, name: str) -> str:
         """Return the key of a metric in records: ``accuracy`` is that of the validation or test split.
 

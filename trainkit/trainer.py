@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainkit.data import Batch
 from trainkit.errors import PluginError
@@ -32,7 +32,6 @@ class Fire:
         self.gradients_ready = hooks.notify("gradients_ready")
         self.optimizer_step = hooks.one("optimizer_step", default=lambda run: run.optimizer.step())
         self.step_end = hooks.notify("step_end")
-        self.eval_model = hooks.one("eval_model", (nn.Module, type(None)), default=lambda run: None)
         self.eval_start = hooks.notify("eval_start")
         self.epoch_end = hooks.notify("epoch_end")
         self.safe_point = hooks.notify("safe_point")
@@ -137,7 +136,7 @@ class Trainer:
     def evaluate(self, split: str) -> dict[str, Metric]:
         """Evaluate a split (part of it when asked to stop meanwhile) and return its metrics, ``<split>_<name>``."""
         run, fire = self.run, self.fire
-        model = fire.eval_model(run) or run.forward
+        model = run.evaluated_model()
         was_training = model.training
         model.eval()
         run.split = split

@@ -2,8 +2,6 @@
 
 from typing import Any, ClassVar
 
-from torch import nn
-
 from trainkit import Run
 from trainkit.inference import pack_safetensors
 from trainkit.plugin import hookimpl, plugin
@@ -40,7 +38,8 @@ class Weights:
 
     def _write(self, run: Run, name: str) -> None:
         assert run.dir is not None
-        evaluated = run.hooks.one("eval_model", (nn.Module, type(None)), default=lambda run: None)(run) or run.model
+        evaluated = run.evaluated_model()
+        evaluated = run.model if evaluated is run.forward else evaluated  # not compiled
         run.dir.write(f"weights/{name}.safetensors", pack_safetensors(evaluated, described(run)))
 
 
