@@ -18,9 +18,9 @@ import attrs
 from trainkit import provenance
 from trainkit.build import build, check_optimizer
 from trainkit.errors import PluginError, RecipeError, RunError, TrainkitError, UsageError
-from trainkit.recipe import Recipe, load_recipe, recipe_files
+from trainkit.recipe import Recipe, load_recipe, needed_files, recipe_files
 from trainkit.run import Run, best_of, to_host
-from trainkit.rundir import MAX_LOG, RunDir, read_regular
+from trainkit.rundir import MAX_CHECKPOINT, RunDir, read_regular
 from trainkit.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -224,12 +224,14 @@ def _keep_files(run: Run, run_dir: RunDir) -> Recipe:
             if path is None:
                 continue
             if not path.resolve().is_relative_to(run_dir.path.resolve()):
-                try:
-                    path = run_dir.write(f"files/{name}/{path.name}", read_regular(path, MAX_LOG))
-                except OSError as error:
-                    raise RecipeError(
-                        f"{run.recipe.where}: plugins.{name}.{option}: {path}: cannot be read: {error.strerror}"
-                    ) from error
+                for inner, file in needed_files(type(plugin.instance), option, path).items():
+                    try:
+                        run_dir.write(f"files/{name}/{inner}", read_regular(file, MAX_CHECKPOINT))
+                    except OSError as error:
+                        raise RecipeError(
+                            f"{run.recipe.where}: plugins.{name}.{option}: {file}: cannot be read: {error.strerror}"
+                        ) from error
+                path = run_dir.path / "files" / name / path.name
             kept = path.resolve().relative_to(run_dir.path.resolve()).as_posix()
             plugins[name] = {**plugins.get(name, {}), option: kept}
     return attrs.evolve(run.recipe, plugins=plugins)
