@@ -75,9 +75,18 @@ def test_beta_goes_from_equal_weights_to_inverse_frequencies():
     torch.testing.assert_close(inverse * COUNTS, inverse[3].expand(4))
 
 
-def test_mixtures_train():
-    run = run_steps({"few": imbalanced(), "mixup": Mixup(), "loss": ClassBalance(), "metrics": Metrics()}, steps=6)
-    assert all(torch.isfinite(p).all() for p in parameters_of(run))
+def test_mixtures_are_weighted_by_their_shares_in_a_run():
+    seen = []
+
+    def note(run, batch, output, loss):
+        if run.split == "train":
+            seen.append((loss.detach(), output.detach(), batch.targets))
+
+    plugins = {"few": imbalanced(), "mixup": Mixup(), "loss": ClassBalance(beta=0.9), "note": watch(forward_end=note)}
+    run_steps(plugins, steps=6)
+    assert len(seen) == 6
+    for loss, output, targets in seen:
+        torch.testing.assert_close(loss, by_hand(output, targets, COUNTS, 0.9, 0.0))
 
 
 def test_evaluation_is_not_weighted():
