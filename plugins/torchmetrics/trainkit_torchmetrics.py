@@ -109,6 +109,15 @@ class TorchMetrics:
     @hookimpl
     def epoch_start(self) -> None:
         """Begin the training split of an epoch."""
+        self._forget()
+
+    @hookimpl
+    def epoch_end(self, run: Run) -> None:
+        """Forget the training split of a whole epoch, so that a checkpoint does not hold the outputs of all images."""
+        if run.batch_index == run.batches_per_epoch:
+            self._forget()
+
+    def _forget(self) -> None:
         for metric in self._metrics["train"].values():
             metric.reset()
 

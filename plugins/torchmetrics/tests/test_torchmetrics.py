@@ -155,6 +155,17 @@ def test_a_mixture_counts_as_its_most_probable_class():
     assert run.history[-1]["train_accuracy_all"] * 100 == pytest.approx(run.history[-1]["train_accuracy"])
 
 
+def test_outputs_are_kept_within_an_epoch_and_not_beyond_it():
+    kept = []
+
+    def note(run):
+        (state,) = run.state_dict()["plugins"]["torchmetrics"]["state"].values()
+        kept.append(sum(len(outputs) for outputs in state["state"]["preds"]))
+
+    run_steps({"torchmetrics": TorchMetrics(compute={"auroc": {}}), "note": watch(safe_point=note)}, steps=4, epochs=1)
+    assert kept == [8, 16, 24, 32, 0]
+
+
 def test_leaving_it_out_changes_no_weight():
     first, second = run_steps({"torchmetrics": TorchMetrics(compute={"auroc": {}})}), run_steps({})
     assert all(map(torch.equal, first.model.state_dict().values(), second.model.state_dict().values()))
