@@ -55,6 +55,7 @@ NOT_HERE = {
     "binary_cross_entropy_with_logits": "the fake data have one label an image; its own test has others",
     "cifar10": "its data are files",
     "compile": "torch's compiler keeps processes and threads for as long as Python runs",
+    "distillation": "it needs an earlier run; its own test has one",
     "image_folder": "its data are files",
     "start_weights": "it needs a file",
     "timm_model": "its networks are large",

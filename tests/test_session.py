@@ -16,7 +16,8 @@ from attrs import field
 from trainkit import Data, Metric, evaluate, fit, resume
 from trainkit.cli import main
 from trainkit.errors import CheckpointError, RunError, UsageError
-from trainkit.plugin import hookimpl, plugin
+from trainkit.plugin import hookimpl, plugin, recipe_file
+from trainkit.provenance import options_of
 from trainkit.rundir import RunDir
 from trainkit.session import reopen
 from trainkit.testing import build_run, fake_data, parameters_of
@@ -131,6 +132,34 @@ class Spender:
     @hookimpl
     def epoch_end(self):
         self.spend(100_000)
+
+
+@plugin
+class Folder:
+    """Names a folder beside the recipe, of which the texts are needed."""
+
+    path: Path = recipe_file(files=lambda folder: folder.rglob("*.txt"))
+
+
+def test_of_a_folder_beside_the_recipe_what_is_needed_is_kept_and_recorded(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    for name, text in (("a.txt", "a"), ("inner/b.txt", "b"), ("large.bin", "c")):
+        (folder / name).write_text(text)
+    fit(build_run({"folder": Folder(path=folder)}), tmp_path / "run")
+    kept = tmp_path / "run" / "files" / "folder" / "folder"
+    assert {p.relative_to(kept).as_posix(): p.read_text() for p in kept.rglob("*.txt")} == {
+        "a.txt": "a",
+        "inner/b.txt": "b",
+    }
+    assert not (kept / "large.bin").exists()
+    assert "path: files/folder/folder\n" in (tmp_path / "run" / "recipe.yaml").read_text()
+    before = options_of(Folder(path=folder))
+    assert options_of(Folder(path=kept)) == before
+    (folder / "large.bin").write_text("another")
+    assert options_of(Folder(path=folder)) == before
+    (folder / "inner" / "b.txt").write_text("another")
+    assert options_of(Folder(path=folder)) != before
 
 
 def test_time_is_that_of_training_of_evaluation_and_in_total(tmp_path, monkeypatch):

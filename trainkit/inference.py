@@ -38,6 +38,7 @@ __all__ = [
     "count_images",
     "evaluated_model",
     "load_model",
+    "model_files",
     "pack_safetensors",
     "read_safetensors",
 ]
@@ -176,9 +177,9 @@ def load_model(
     """
     directory = RunDir(Path(run_dir))
     recipe = load_recipe(directory.recipe_path(), [] if device is None else [f"device={device}"])
-    weights = directory.path / "weights" / f"{checkpoint}.safetensors"
-    is_evaluated = weights.exists() and not (directory.path / "checkpoints" / f"{checkpoint}.pt").exists()
-    state = _stored(weights) if is_evaluated else directory.load_state(checkpoint)
+    network = _network_file(directory, checkpoint)
+    is_evaluated = network.suffix == ".safetensors"
+    state = _stored(network) if is_evaluated else directory.load_state(checkpoint)
     data, has_class_targets = _described(directory)
     run = build_network(recipe, load_plugins(recipe), data, console or _nowhere())
     try:
@@ -197,6 +198,26 @@ def load_model(
         recipe=recipe.name,
         run=run,
     )
+
+
+def model_files(run_dir: str | Path, checkpoint: str = "best") -> list[Path]:
+    """Return the files of a run's directory that :func:`load_model` needs: a folder with these alone is enough for it.
+
+    Args:
+        run_dir: the directory of a run.
+        checkpoint: as for :func:`load_model`.
+    """
+    directory = RunDir(Path(run_dir))
+    named = sorted(path for path in (directory.path / "files").rglob("*") if path.is_file())  # by the recipe's plugins
+    recipes = directory.versions("recipe.yaml")
+    return [*recipes, directory.path / "data.json", _network_file(directory, checkpoint), *named]
+
+
+def _network_file(directory: RunDir, checkpoint: str) -> Path:
+    """Return the checkpoint, or where there is none the network that was stored for use elsewhere, if that is there."""
+    path = directory.path / "checkpoints" / f"{checkpoint}.pt"
+    weights = directory.path / "weights" / f"{checkpoint}.safetensors"
+    return weights if weights.exists() and not path.exists() else path
 
 
 def _stored(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -84,16 +85,18 @@ def plugin(cls: C) -> C:
     return made
 
 
-def recipe_file(**options: Any) -> Any:
+def recipe_file(*, files: Callable[[Path], Iterable[Path]] | None = None, **options: Any) -> Any:
     """Return an option of type ``Path`` that names a file beside the recipe, such as a published curve or weights.
 
     A relative path is relative to the recipe's own file, and the run directory keeps a copy of the file, so that it can
     be moved. Data sets are no such files: paths to them are relative to the current folder.
 
     Args:
+        files: where the option names a folder, such as an earlier run's, gives those of its files that are needed:
+            these are kept, and what a number depends on has their contents.
         options: ``default``, ``validator`` and others, as for :func:`attrs.field`.
     """
-    return attrs.field(metadata={"recipe_file": True}, **options)
+    return attrs.field(metadata={"recipe_file": True, "files": files}, **options)
 
 
 def declared(cls: type, constraint: str) -> tuple[Any, ...]:

@@ -34,6 +34,7 @@ import attrs
 from trainkit import __version__
 from trainkit.errors import CheckpointError, PluginError, UsageError
 from trainkit.plugin import declared as declared_by
+from trainkit.recipe import needed_files
 from trainkit.registry import program, requirements
 from trainkit.rundir import open_regular
 
@@ -185,9 +186,22 @@ def options_of(instance: Any) -> dict[str, Any]:
     for option in attrs.fields(type(instance)):
         if option.init:
             value = getattr(instance, option.name)
-            is_file = option.metadata.get("recipe_file") and isinstance(value, Path) and value.is_file()
-            found[option.alias or option.name] = f"{value.name} {file_digest(value)}" if is_file else _plain(value)
+            is_file = option.metadata.get("recipe_file") and isinstance(value, Path)
+            content = _content(type(instance), option.name, value) if is_file else None
+            found[option.alias or option.name] = content or _plain(value)
     return found
+
+
+def _content(cls: type, option: str, path: Path) -> str | None:
+    """Return the name and the digest of a file, or of a folder's files that are needed; None where neither is there."""
+    if path.is_file():
+        return f"{path.name} {file_digest(path)}"
+    if not path.is_dir() or attrs.fields_dict(cls)[option].metadata.get("files") is None:
+        return None
+    digest = blake2b(digest_size=DIGEST_SIZE)
+    for name, file in sorted(needed_files(cls, option, path).items()):
+        digest.update(f"{name} {file_digest(file)}\n".encode())
+    return f"{path.name} blake2b:{digest.hexdigest()}"
 
 
 def _plain(value: Any) -> Any:

@@ -228,6 +228,23 @@ def recipe_files(cls: type) -> list[str]:
     return [option.alias or option.name for option in attrs.fields(cls) if option.metadata.get("recipe_file")]
 
 
+def needed_files(cls: type, option: str, path: Path) -> dict[str, Path]:
+    """Return the files that an option which names a file or a folder beside the recipe needs.
+
+    Args:
+        cls: the plugin's class.
+        option: one of :func:`recipe_files`.
+        path: its value.
+
+    Returns:
+        Paths by what they are called from the folder that `path` lies in.
+    """
+    files = attrs.fields_dict(cls)[option].metadata.get("files")
+    if files is None or not path.is_dir():
+        return {path.name: path}
+    return {f"{path.name}/{file.relative_to(path).as_posix()}": file for file in files(path)}
+
+
 def _checked(where: str, prefix: str, cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """Hold values against the types of a class's fields and convert them (``1`` to ``1.0``, a list to a tuple)."""
     try:

@@ -19,9 +19,9 @@ from trainkit import provenance
 from trainkit.build import build, check_optimizer
 from trainkit.errors import PluginError, RecipeError, RunError, TrainkitError, UsageError
 from trainkit.local import local_files
-from trainkit.recipe import Recipe, load_recipe, recipe_files
+from trainkit.recipe import Recipe, load_recipe, needed_files, recipe_files
 from trainkit.run import Run, best_of, to_host
-from trainkit.rundir import MAX_LOG, RunDir, read_regular
+from trainkit.rundir import MAX_CHECKPOINT, RunDir, read_regular
 from trainkit.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def _keep_files(run: Run, run_dir: RunDir) -> Recipe:
     for name, file in local_files(run.recipe).items():
         path = file
         if not file.resolve().is_relative_to(home):
-            path = run_dir.write(f"files/local/{name.removeprefix('files/local/')}", read_regular(file, MAX_LOG))
+            path = run_dir.write(f"files/local/{name.removeprefix('files/local/')}", read_regular(file, MAX_CHECKPOINT))
         local.append(path.resolve().relative_to(home).as_posix())
     plugins = dict(run.recipe.plugins)
     for name, plugin in run.hooks.plugins.items():
@@ -238,12 +238,14 @@ def _keep_files(run: Run, run_dir: RunDir) -> Recipe:
             if path is None:
                 continue
             if not path.resolve().is_relative_to(home):
-                try:
-                    path = run_dir.write(f"files/{name}/{path.name}", read_regular(path, MAX_LOG))
-                except OSError as error:
-                    raise RecipeError(
-                        f"{run.recipe.where}: plugins.{name}.{option}: {path}: cannot be read: {error.strerror}"
-                    ) from error
+                for inner, file in needed_files(type(plugin.instance), option, path).items():
+                    try:
+                        run_dir.write(f"files/{name}/{inner}", read_regular(file, MAX_CHECKPOINT))
+                    except OSError as error:
+                        raise RecipeError(
+                            f"{run.recipe.where}: plugins.{name}.{option}: {file}: cannot be read: {error.strerror}"
+                        ) from error
+                path = run_dir.path / "files" / name / path.name
             kept = path.resolve().relative_to(home).as_posix()
             plugins[name] = {**plugins.get(name, {}), option: kept}
     return attrs.evolve(run.recipe, plugins=plugins, local=local)
