@@ -2,7 +2,8 @@
 
 Whatever would make a run wait for a GPU raises there: ``item()``, ``tolist()``, ``cpu()``, ``bool()``, ``nonzero()``, a
 mask as an index. Two mistakes that it lets pass are looked for in the operations themselves: tensors of two devices in
-one, and a copy to the device that waits.
+one, and a copy to the device that waits. Tensors of float64, which Apple's GPUs do not have, are looked for, too: the
+device counts as one without them.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainkit import Data, TrainkitError, fit, load_recipe
+from trainkit import Data, TrainkitError, fit, load_recipe, numerics
 from trainkit.build import build_with
 from trainkit.hooks import LoadedPlugin, load_plugins, register
 from trainkit.plugin import hookimpl, plugin
@@ -26,15 +27,29 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 SPECIAL = {
     "non_finite": "it reads every step, on a GPU once the numbers have arrived",
     "weights": "it copies the network to the host after an epoch, and here is nothing to copy",
+    "sample_images": "it draws images before the first step",
+    "swa": "at the end of an epoch it passes over the images once more, whose order is copied to the device first",
+    "torchmetrics": "some of its metrics count with bincount, which waits",
     "random_erasing": "the meta device has no random numbers",
 }
+
+
+# What needs float64 on the device, and says so.
+FLOAT64 = {"trivial_augment"}
 
 
 class Operations(TorchDispatchMode):
     """Holds the devices of every operation's tensors against each other; a scalar may be on the host."""
 
+    def __init__(self, float64=False):
+        super().__init__()
+        self.float64 = float64
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            if isinstance(made, torch.Tensor) and made.device.type == "meta" and not self.float64:
+                assert made.dtype != torch.float64, f"{function} makes float64, which MPS does not have"
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
             waits = not ((kwargs or {}).get("non_blocking") or args[2:] == (True,))
@@ -57,11 +72,15 @@ def train(monkeypatch, tmp_path):
 
     for module in ("run", "trainer"):
         monkeypatch.setattr(f"trainkit.{module}.to_host", to_host)
+    real, allowed = numerics.widest_float, []
+    for module in ("trainkit.trainer", "trainkit.run", "trainkit_metrics", "trainkit_tta"):
+        fake = lambda device: torch.float32 if device.type == "meta" else real(device)  # noqa: E731
+        monkeypatch.setattr(f"{module}.widest_float", fake, raising=False)
 
     def watch(method):
         def watched(*args):
             inside.append(True)
-            with Operations():
+            with Operations(float64=bool(allowed)):
                 result = method(*args)
             inside.pop()
             return result
@@ -71,7 +90,8 @@ def train(monkeypatch, tmp_path):
     for name in ("train_step", "evaluate"):
         monkeypatch.setattr(Trainer, name, watch(getattr(Trainer, name)))
 
-    def start(run):
+    def start(run, float64=False):
+        allowed[:] = [True] if float64 else []
         result = fit(run, tmp_path / "run")
         assert {p.device.type for p in run.model.parameters()} == {"meta"}
         assert result.steps == run.step > 0
@@ -85,7 +105,7 @@ def train(monkeypatch, tmp_path):
 def test_no_plugin_waits_for_the_device_within_a_step(name, train):
     beside = {other: load(other)(**options) for other, options in BESIDE.get(name, {}).items()}
     options = OPTIONS.get(name, recipe_lines(name)[name])
-    train(build_run({**beside, name: load(name)(**options)}, device="meta", epochs=2))
+    train(build_run({**beside, name: load(name)(**options)}, device="meta", epochs=2), float64=name in FLOAT64)
 
 
 @plugin
@@ -149,6 +169,7 @@ def forward_end(action):
         (lambda output, loss: torch.equal(output, output), "equal"),
         (lambda output, loss: output.mm(torch.ones(output.shape[1], 2)), "mm.*cpu and meta"),
         (lambda output, loss: output[torch.tensor([0])], "index.*cpu and meta"),
+        (lambda output, loss: output.double(), "float64"),
         (lambda output, loss: torch.ones(3).to(output.device), "a copy between devices that waits"),
         (lambda output, loss: torch.empty_like(output).copy_(torch.ones(output.shape)), "a copy between"),
     ],

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from trainkit.recipe import Recipe
 
-__all__ = ["SETTINGS", "check", "prepare"]
+__all__ = ["SETTINGS", "check", "prepare", "widest_float"]
 
 #: What torch, oneDNN and MKL read when they are loaded.
 SETTINGS = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}
@@ -32,6 +32,13 @@ def prepare(recipe: Recipe) -> None:
         os.environ.update(SETTINGS)
         for name, value in THREADS.items():
             os.environ.setdefault(name, value)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return what to add up in on a device: float64, but float32 on Apple's GPUs (MPS), which have no float64."""
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def check(recipe: Recipe, device: torch.device) -> None:

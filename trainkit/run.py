@@ -21,6 +21,7 @@ from trainkit import provenance
 from trainkit.data import Batch, Batches, Data, describe, epoch_permutation
 from trainkit.errors import CheckpointError, PluginError, RunError
 from trainkit.hooks import Hooks
+from trainkit.numerics import widest_float
 from trainkit.recipe import Recipe
 from trainkit.rng import stream
 from trainkit.transforms import Pipeline
@@ -509,7 +510,9 @@ def _plain(value: Any, owner: str, key: str) -> Any:
 def to_host(records: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Return the records with every scalar tensor as a number, after a single copy from the device."""
     checked = [{name: scalar(name, value) for name, value in record.items()} for record in records]
-    tensors = [v.detach().double() for record in checked for v in record.values() if isinstance(v, Tensor)]
+    tensors = [
+        v.detach().to(widest_float(v.device)) for record in checked for v in record.values() if isinstance(v, Tensor)
+    ]
     numbers = iter(torch.stack(tensors).tolist() if tensors else ())
     return [{name: next(numbers) if isinstance(v, Tensor) else v for name, v in record.items()} for record in checked]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from trainkit.data import Batch
 from trainkit.errors import PluginError
 from trainkit.hooks import Hooks
+from trainkit.numerics import widest_float
 from trainkit.rng import torch_seed
 from trainkit.run import Metric, MetricInfo, Run, epoch_order, scalar, to_host
 
@@ -225,7 +226,11 @@ class Trainer:
         run = self.run
         judged = [record[k] for k, info in run.metric_info.items() if info.better is not None and k in record]
         weights = [p.detach() for p in run.model.parameters() if p.is_floating_point()]
-        norms = torch.stack([norm.double() for norm in torch._foreach_norm(weights)]) if weights else torch.zeros(1)
+        norms = (
+            torch.stack([norm.to(widest_float(norm.device)) for norm in torch._foreach_norm(weights)])
+            if weights
+            else torch.zeros(1)
+        )
         values = to_host([{"weights": norms.sum(), **{str(n): value for n, value in enumerate(judged)}}])[0]
         if not all(abs(value) < float("inf") for value in values.values()):
             run.non_finite.append(record["epoch"])

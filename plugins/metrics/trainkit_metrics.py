@@ -12,6 +12,7 @@ from torch import Tensor
 from trainkit import Batch, Metric, Run
 from trainkit.data import describe
 from trainkit.errors import RecipeError
+from trainkit.numerics import widest_float
 from trainkit.plugin import hookimpl, plugin
 
 __all__ = ["Metrics"]
@@ -21,13 +22,13 @@ __all__ = ["Metrics"]
 class _Total:
     """What a split has added up to so far, on the device."""
 
-    loss: Tensor  # float64 [], over images, not over batches: the last batch is usually smaller
+    loss: Tensor  # float64 (on MPS float32) [], over images, not over batches: the last batch is usually smaller
     correct: Tensor  # int64 []
     images: int = 0
 
     @classmethod
     def zero(cls, device: torch.device) -> "_Total":
-        loss = torch.zeros((), dtype=torch.float64, device=device)
+        loss = torch.zeros((), dtype=widest_float(device), device=device)
         return cls(loss, torch.zeros((), dtype=torch.int64, device=device))
 
     def to(self, device: torch.device) -> "_Total":
@@ -94,8 +95,7 @@ class Metrics:
         if self.accuracy:
             targets = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)
             output = output.detach()
-            # A sum is finite only if every term is; argmax alone calls a row of NaN class 0.
-            finite = output.sum(1, dtype=torch.float64).isfinite()
+            finite = output.isfinite().all(1)  # argmax alone calls a row of NaN class 0
             total.correct.add_(((output.argmax(1) == targets) & finite).sum())
 
     @hookimpl
@@ -116,7 +116,7 @@ class Metrics:
             return None
         reported = {"loss": Metric(total.loss / total.images, better="less", progress=True)}
         if self.accuracy:
-            percent = total.correct.double() * 100 / total.images
+            percent = total.correct.to(total.loss.dtype) * 100 / total.images
             reported["accuracy"] = Metric(percent, better="more", progress=True)
         return reported
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trainkit import Batch, Metric, Run
 from trainkit.errors import RecipeError
+from trainkit.numerics import widest_float
 from trainkit.plugin import hookimpl, plugin
 
 __all__ = ["TTA"]
@@ -81,7 +82,7 @@ class TTA:
             single = [output, *([self._model(batch.images.flip(3))] if self.flip else [])]
             shifted = [self._model(view) for view in self._shifted(batch.images)]
         averaged = _mean(single) if not shifted else (_mean(single) + _mean(shifted)) / 2
-        finite = averaged.sum(1, dtype=torch.float64).isfinite()
+        finite = averaged.isfinite().all(1)
         self._correct += ((averaged.argmax(1) == batch.targets) & finite).sum()
         self._images += len(batch)
 
@@ -95,7 +96,11 @@ class TTA:
         if split == "train" or self._model is None or self._correct is None or not self._images:
             return None
         self._model = None
-        return {"accuracy_tta": Metric(self._correct.double() * 100 / self._images, better="more")}
+        return {
+            "accuracy_tta": Metric(
+                self._correct.to(widest_float(self._correct.device)) * 100 / self._images, better="more"
+            )
+        }
 
     def _shifted(self, images: Tensor) -> Iterator[Tensor]:
         """Yield the shifted views, each mirrored, too."""
