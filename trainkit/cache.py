@@ -118,7 +118,7 @@ def file_digests(
 def _load(path: Path) -> dict[str, tuple[Key, str]]:
     """Return the keys and digests that were kept; nothing where the file is absent or damaged."""
     with suppress(OSError, ValueError, TypeError, AttributeError):
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
         return {
             name: ((int(inode), int(size), int(modified), int(changed)), str(digest))
             for name, (inode, size, modified, changed, digest) in saved.items()

@@ -164,7 +164,7 @@ class Ledger:
             entry["record"] = decisive
         self._chain = chain_of(self._chain, entry)
         try:
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**entry, "chain": self._chain}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # before a checkpoint counts it

@@ -75,6 +75,8 @@ def survey(data: Path) -> Survey:
         DataError: it is none of these, or its images cannot be read.
     """
     options: dict[str, object]
+    if any("\ud800" <= letter <= "\udfff" for letter in str(data)):  # bytes that the file system's encoding lacks
+        raise DataError(f"{data}: a recipe is UTF-8 text and cannot hold this name; use a UTF-8 locale, or rename it")
     if data.is_file():
         root, options = data.parent, {"table": data.name}
         paths, classes, splits = _of_table(data)

@@ -191,7 +191,8 @@ examples:
         found = list(predict(model, args.paths, bad, terminal(stderr=True)))
         names = [str(n) for n in range(len(model.classes))] if args.index else list(model.classes)
         if args.output is not None:
-            atomic_write(args.output, _csv(found, names, args.top, probabilities=args.probabilities))
+            text = _csv(found, names, args.top, probabilities=args.probabilities)
+            atomic_write(args.output, text.encode(errors="surrogateescape"))  # names of files are bytes
         if args.json:
             print_json([_plain(one, names, args.top, probabilities=args.probabilities) for one in found])
         else:

@@ -53,7 +53,7 @@ class StepTimes:
         path = run.dir.path / FILE
         self._rows = []
         if path.exists():
-            with path.open(newline="") as file:
+            with path.open(newline="", encoding="utf-8") as file:
                 rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
             self._rows = [row for row in rows if row["epoch"] <= run.epoch]
         self._total, self._total_steps = dict.fromkeys(PARTS, 0.0), 0
