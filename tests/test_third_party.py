@@ -54,7 +54,7 @@ plugins:
   distill: {teacher: teacher.pt}
   accumulate: {batches: 2}
   sgd: {lr: 0.1, momentum: 0.9}
-  swa: {start: 2}
+  average: {start: 2}
   metrics:
   metric_log:
   checkpoint:
@@ -62,7 +62,7 @@ plugins:
 RESUMED = """\
 import json, shutil, torch, trainkit
 
-teacher = ["plugins.distill=false", "plugins.finetune=false", "plugins.swa=false", "seed=3", "epochs=1"]
+teacher = ["plugins.distill=false", "plugins.finetune=false", "plugins.average=false", "seed=3", "epochs=1"]
 trainkit.fit(trainkit.build(trainkit.load_recipe("together.yaml", teacher)), "teacher")
 shutil.copy("teacher/checkpoints/last.pt", "teacher.pt")
 straight = trainkit.fit(trainkit.build(trainkit.load_recipe("together.yaml")), "straight")
@@ -73,7 +73,7 @@ while results[-1].status != "completed":
 states = [torch.load(f"{run}/checkpoints/last.pt", weights_only=True) for run in ("straight", "cut")]
 same = [
     torch.equal(a, b)
-    for part in (lambda state: state["model"], lambda state: state["plugins"]["swa"]["state"]["average"])
+    for part in (lambda state: state["model"], lambda state: state["plugins"]["average"]["state"]["average"])
     for a, b in zip(*(part(state).values() for state in states), strict=True)
 ]
 print(json.dumps([[result.status for result in results], same, straight.final, results[-1].final]))

@@ -78,7 +78,7 @@ plugins:
   random_crop: {size: 8, padding: 1}
   normalize: {mean: [0.305], std: [0.376]}
   resnet: {stem: 4, blocks: [1], channels: [4]}
-  swa: {start: 2}
+  average: {start: 2}
   cross_entropy:
   sgd: {lr: 0.1}
   autocast:
