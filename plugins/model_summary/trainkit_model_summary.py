@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 
 import attrs
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainkit import Run
+from trainkit.cli.output import table
 from trainkit.plugin import hookimpl, plugin
 from trainkit.run import count_parameters
 
@@ -139,22 +138,11 @@ def _trace(model: nn.Module, shape: tuple[int, int, int]) -> tuple[dict[str, tup
     return outputs, flops, counter.get_total_flops()
 
 
-def render(summary: Summary, title: str) -> Table:
-    """Lay a summary out as a table for 100 columns."""
-    unshared = f"; {summary.parameters + summary.shared:,} without sharing" if summary.shared else ""
-    notes = f"{_listed(summary.layers)}\nparameters: trainable{unshared}\nGFLOP: one image, forward and backward"
-    table = Table(title=title, caption=notes, box=box.SIMPLE, show_footer=True)
-    table.title_justify = "left"
-    table.caption_justify = "left"
-    table.add_column("module", "total")
-    table.add_column("layers", overflow="fold")
-    table.add_column("output")
-    table.add_column("kernels")
-    table.add_column("channels")
-    table.add_column("parameters", f"{summary.parameters:,}", justify="right")
-    table.add_column("GFLOP", f"{summary.flops / 1e9:,.2f}", justify="right")
-    for part in summary.parts:
-        table.add_row(
+def render(summary: Summary, title: str) -> Any:
+    """Lay a summary out as a rich table; what a narrow terminal has no room for is left out."""
+    columns = ["module", "layers", "output", "kernels", "channels", "parameters", "GFLOP"]
+    rows = [
+        (
             part.path,
             _listed(part.layers),
             _times(part.output),
@@ -163,7 +151,16 @@ def render(summary: Summary, title: str) -> Table:
             f"{part.parameters:,}" if part.parameters else "",
             f"{part.flops / 1e9:,.2f}" if part.flops else "",
         )
-    return table
+        for part in summary.parts
+    ]
+    total = ("total", "", "", "", "", f"{summary.parameters:,}", f"{summary.flops / 1e9:,.2f}")
+    made = table(columns, [*rows, total], right=["parameters", "GFLOP"], optional=["channels", "kernels", "output"])
+    made.rows[-2].end_section = True
+    unshared = f"; {summary.parameters + summary.shared:,} without sharing" if summary.shared else ""
+    made.title, made.title_justify = title, "left"
+    made.caption = f"{_listed(summary.layers)}\nparameters: trainable{unshared}\nGFLOP: one image, forward and backward"
+    made.caption_justify = "left"
+    return made
 
 
 def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

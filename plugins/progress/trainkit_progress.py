@@ -84,7 +84,7 @@ class Progress:
     def epoch_end(self, run: Run, metrics: dict[str, float]) -> None:
         """Print the line of the epoch; on a terminal it stays above the bars."""
         shown = {name: value for name, value in metrics.items() if _is_shown(run, name)}
-        epoch = f"epoch {metrics['epoch']:g}/{run.epochs}"
+        epoch = f"epoch {round(metrics['epoch'], 2):g}/{run.epochs}"
         if self._bars is None:
             values = [_value(name, value) for name, value in shown.items()]
             self._print(run, epoch, *values, f"lr {metrics['lr']:g}", self._speed)
@@ -163,7 +163,8 @@ def _by_split(run: Run, metrics: Mapping[str, float]) -> list[str]:
     parts: dict[str, str] = {}
     for name, value in metrics.items():
         split = next((split for split in run.data.splits if name.startswith(f"{split}_")), "")
-        parts[split] = f"{parts.get(split, split)} {_value(name.removeprefix(f'{split}_'), value)}"
+        shown = {"validation": "val"}.get(split, split)
+        parts[split] = f"{parts.get(split, shown)} {_value(name.removeprefix(f'{split}_'), value)}"
     return [part.strip() for part in parts.values()]
 
 
