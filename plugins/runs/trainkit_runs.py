@@ -198,6 +198,11 @@ def find_runs(folder: Path) -> list[Path]:
     return sorted(written, key=lambda run: (written[run], run), reverse=True)
 
 
+def find_groups(folder: Path) -> list[Path]:
+    """Return the groups of runs in a folder and in the folders of it: seeds, and variants of studies."""
+    return sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/group.json"))
+
+
 # ---- facts as tables
 
 
@@ -318,6 +323,7 @@ examples:
         if not args.folder.is_dir():
             raise UsageError(f"{args.folder}: no such folder; give the one that holds runs")
         runs = [StoredRun(folder) for folder in find_runs(args.folder)]
+        groups = find_groups(args.folder)
         facts = {run.folder: self.facts(run, args.metric) for run in runs}
         if args.sort != "newest":
             runs.sort(key=lambda run: sort_key(args.sort, facts[run.folder][args.sort], args.metric))
@@ -327,7 +333,14 @@ examples:
             | {"result.json": run.result}
             for run in runs
         ]
-        return print_facts(args, document, [self.table(facts, runs, differ, args.metric)], runs)
+        tables = [self.table(facts, runs, differ, args.metric)] if runs or not groups else []
+        if groups:
+            from trainkit_studies import Group, facts_of, listing_table  # type: ignore[import-untyped]
+
+            read = [Group.read(folder) for folder in groups]
+            document += [{"group": str(group.folder), **facts_of(group, [args.metric])} for group in read]
+            tables.append(listing_table(read, args.metric))
+        return print_facts(args, document, tables, runs)
 
     def facts(self, run: StoredRun, metric: str) -> dict[str, Any]:
         """Return what a row says of a run."""
@@ -413,16 +426,28 @@ class ShowRun:
 class CompareRuns:
     """``trainkit runs compare``."""
 
-    HELP = "Compare runs: where their results differ, and what differs in what produced them."
-    EXAMPLES = "examples:\n  trainkit runs compare runs/se/*\n"
+    HELP = "Compare runs: where their results differ, and what differs in what produced them. Or groups: how certainly."
+    EXAMPLES = """\
+examples:
+  trainkit runs compare runs/se/*
+  trainkit runs compare runs/paper/sgd-0f3a5b7c runs/paper/adam-91d2e4f6
+"""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the command's arguments."""
-        parser.add_argument("folders", metavar="RUN_DIR", nargs="+", type=Path, help="the directory of a run")
+        parser.add_argument("folders", metavar="RUN_DIR", nargs="+", type=Path, help="of a run, or of a group of runs")
+        parser.add_argument("--metric", default=METRIC, metavar="NAME", help=f"of groups (default: {METRIC})")
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(self, args: argparse.Namespace) -> int:
         """Print results and differences."""
+        are_groups = [(folder / "group.json").is_file() for folder in args.folders]
+        if all(are_groups):
+            return self.compare_groups(args)
+        if any(are_groups):
+            raise UsageError(
+                f"{args.folders[are_groups.index(True)]}: a group of runs, which a single run is not held against"
+            )
         runs = [StoredRun(folder) for folder in args.folders]
         facts = [result_facts(run) for run in runs]
         keys = dict.fromkeys(key for of_one in facts for key in of_one)
@@ -439,6 +464,19 @@ class CompareRuns:
         tables = [] if not apart else side_by_side("result", apart, names)
         tables += side_by_side("difference", differences or {"none": [""] * len(runs)}, names)
         return print_facts(args, None, tables, runs)
+
+    def compare_groups(self, args: argparse.Namespace) -> int:
+        """Print how each group differs from the first, with the interval of the difference."""
+        from trainkit_studies import Group, compare, facts_of, study_table  # scipy is slow to load
+
+        groups = [Group.read(folder) for folder in args.folders]
+        first = groups[0].values(args.metric)
+        for group in groups:
+            if not group.values(args.metric):
+                raise UsageError(f"{group.folder}: no completed run reports {args.metric!r}")
+        beyond = [attrs.asdict(compare(group.values(args.metric), first)) for group in groups[1:]]
+        document = {"groups": [facts_of(group, [args.metric]) for group in groups], "beyond_the_first": beyond}
+        return print_facts(args, document, [study_table(groups, args.metric)], [])
 
     def differences(self, runs: Sequence[StoredRun]) -> dict[str, list[Any]]:
         """Return what differs in what produced the runs: for each key a value a run."""

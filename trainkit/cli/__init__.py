@@ -109,12 +109,19 @@ def _dispatch(argv: list[str]) -> int:
             f"usage: trainkit {first} ACTION ...\n\nactions: {more}\n\n`trainkit {first} ACTION --help` explains each."
         )
         return 0
-    command = _command(first, extra)
+    given = {argument.partition("=")[0] for argument in argv[1:]}
+    if option := next(
+        (name for name in extra if name.startswith(f"{first}.--") and name.partition(".")[2] in given), ""
+    ):
+        command = only(option, extra[option], "command").load()  # `trainkit run --seeds`: an option that a plugin adds
+    else:
+        command = _command(first, extra)
+    options = [name.partition(".")[2] for name in extra if name.startswith(f"{first}.--")]
+    added = f"\n\nactions that plugins add: {more}" if more else ""
+    added += f"\n\noptions that plugins add: {', '.join(options)}; `trainkit {first} OPTION --help`" if options else ""
     parser = _Parser(
         prog=f"trainkit {first.replace('.', ' ')}",
-        description=_literal(
-            fill(command.HELP, get_terminal_size().columns) + (f"\n\nactions that plugins add: {more}" if more else "")
-        ),
+        description=_literal(fill(command.HELP, get_terminal_size().columns) + added),
         epilog=_literal(getattr(command, "EXAMPLES", "")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -177,10 +184,12 @@ def _extra() -> dict[str, list[Installed]]:
 def _refusal(name: str) -> str:
     """Return why an entry point can be no command, or the empty string: what trainkit itself has is never replaced."""
     command, dot, action = name.partition(".")
-    if not (_PLAIN.fullmatch(command) and (_PLAIN.fullmatch(action) or not dot)):
+    if not (_PLAIN.fullmatch(command) and (_PLAIN.fullmatch(action.removeprefix("--")) or not dot)):
         return "a name is lower-case letters, digits, '_' and '-'"
     if not dot:
         return "trainkit has this command itself" if command in {**BUILT_IN, **ACTIONS} else ""
+    if action.startswith("--"):
+        return "" if command in BUILT_IN else f"only {', '.join(BUILT_IN)} take further options"
     if command not in ACTIONS:
         return f"only {', '.join(ACTIONS)} take further actions"
     return "trainkit has this action itself" if action in ACTIONS[command] else ""
@@ -193,7 +202,7 @@ def _say_passed_over(name: str, claims: str, reason: str) -> None:
 
 def _actions(name: str, extra: Iterable[str]) -> list[str]:
     """Return the actions that plugins add to a command."""
-    return [action.removeprefix(f"{name}.") for action in extra if action.startswith(f"{name}.")]
+    return [a.removeprefix(f"{name}.") for a in extra if a.startswith(f"{name}.") and not a.startswith(f"{name}.--")]
 
 
 def _command(name: str, extra: dict[str, list[Installed]]) -> Any:
@@ -237,6 +246,9 @@ def full_parser() -> argparse.ArgumentParser:
         _add_command(commands, name, text, import_module(f"trainkit.cli.{name}"))
     for name, records in extra.items():
         first, _, action = name.partition(".")
+        if action.startswith("--"):  # an option that a plugin adds
+            commands.choices[first].add_argument(action, help=only(name, records, "command").load().HELP)
+            continue
         command = only(name, records, "command").load()
         parent = commands
         if action:
@@ -258,6 +270,8 @@ def _extra_commands(extra: dict[str, list[Installed]]) -> dict[str, str]:
     actions: dict[tuple[str, str], list[str]] = {}
     for name, found in extra.items():
         first, _, action = name.partition(".")
+        if action.startswith("--"):
+            continue
         actions.setdefault((first, found[0].summary), []).append(action)
     return {
         f"{first} {'|'.join(names)}".strip(): summary[:1].lower() + summary[1:].partition(":")[0].rstrip(".")

@@ -51,9 +51,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.folder.is_dir():
         raise UsageError(f"{args.folder}: no such folder; give the one that holds recipes")
-    # a leading underscore marks what recipes extend and nobody runs
+    # a leading underscore marks what recipes extend and nobody runs; a study lists recipes and is none
     recipes, broken = [], []
-    for path in sorted(p for p in args.folder.glob("*.yaml") if not p.name.startswith("_")):
+    for path in sorted(args.folder.glob("*.yaml")):
+        if path.name.startswith("_") or path.name.endswith(".study.yaml"):
+            continue
         try:
             recipes.append(load_recipe(path))
         except RecipeError as error:

@@ -1,0 +1,924 @@
+"""Many runs: several seeds of a recipe, the variants of a study, or a recipe without each of its plugins.
+
+A plan is made anew each time that a command is typed: which runs there should be, and where. What is there already is
+left alone, what was broken off is resumed, what is missing is trained. So any of it may be killed at any moment, and
+the same command goes on. Each run is a process of its own, and its directory is one like any other::
+
+    runs/<name>/study.json             the variants, and their folders
+    runs/<name>/<variant>-<digest>/    a group: the runs of one recipe that differ by their seed alone
+        group.json                     recipe, overrides, seeds
+        seed-0/ seed-1/ ...            run directories
+
+The digest is that of the variant's resolved recipe: a variant that was edited is another group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import numpy as np
+
+from trainkit.cli.output import add_allow_local, error, number, print_json, printable, table, terminal
+from trainkit.errors import RecipeError, TrainkitError, UsageError, did_you_mean
+from trainkit.provenance import is_observer
+from trainkit.recipe import Recipe, load_recipe
+from trainkit.rundir import RunDir, atomic_write, read_regular
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "ABLATE",
+    "SEEDS",
+    "STUDY",
+    "Difference",
+    "Group",
+    "PlannedRun",
+    "Summary",
+    "Variant",
+    "compare",
+    "facts_of",
+    "listing_table",
+    "plan",
+    "read_study",
+    "run_missing",
+    "study_table",
+    "summarize",
+]
+
+METRIC = "test_accuracy"
+LEVEL = 0.95  # of confidence
+MAX_STUDY = 1 << 20  # bytes
+MAX_RUNS = 10_000
+NO_PART = {"seed", "description", "source", "expect", "name"}  # of what tells one recipe's results from another's
+STOPPED = (130, 143)  # what a run that was asked to stop exits with
+WHOLE = "all"  # the variant of an ablation that leaves nothing out
+
+
+# ---- what there should be
+
+
+@attrs.frozen
+class Variant:
+    """A recipe of a study.
+
+    Args:
+        name: letters, digits, ``.``, ``_`` and ``-``.
+        path: the recipe's file.
+        overrides: as on the command line.
+        recipe: the recipe with them.
+    """
+
+    name: str
+    path: Path
+    overrides: tuple[str, ...]
+    recipe: Recipe
+
+    @property
+    def folder(self) -> str:
+        """The name of the variant's folder."""
+        plain = {key: value for key, value in self.recipe.to_dict().items() if key not in NO_PART}
+        digest = blake2b(json.dumps(plain, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
+        return f"{self.name}-{digest}"
+
+
+@attrs.frozen
+class PlannedRun:
+    """A run that there should be.
+
+    Args:
+        variant: what it trains.
+        seed: its seed.
+        folder: its run directory.
+    """
+
+    variant: Variant
+    seed: int
+    folder: Path
+
+    def state(self) -> str:
+        """Return how far it is: ``completed``, ``started``, which can be resumed, or ``missing``."""
+        try:
+            result = RunDir(self.folder).read_json("result.json")
+            if isinstance(result, dict) and result.get("status") == "completed":
+                return "completed"
+        except (TrainkitError, OSError):
+            pass
+        return "started" if (self.folder / "checkpoints" / "last.pt").is_file() else "missing"
+
+    def command(self, options: Sequence[str]) -> list[str]:
+        """Return the command line, without the program, that brings it to its end."""
+        if self.state() == "started":
+            return ["resume", str(self.folder), *options]
+        seed = f"seed={self.seed}"
+        return ["run", str(self.variant.path), *self.variant.overrides, seed, "--run-dir", str(self.folder), *options]
+
+
+def plan(home: Path, variants: Sequence[Variant], seeds: Sequence[int]) -> list[PlannedRun]:
+    """Return every run of a study, seed by seed, so that a study that is broken off has compared what it could.
+
+    Args:
+        home: the study's folder.
+        variants: what is compared.
+        seeds: of each of them.
+    """
+    return [PlannedRun(v, seed, home / v.folder / f"seed-{seed}") for seed in seeds for v in variants]
+
+
+def check(runs: Sequence[PlannedRun]) -> None:
+    """Load the plugins of every variant, with their options, so that no run fails later for what is written.
+
+    Raises:
+        RecipeError: an option is wrong.
+        PluginError: a plugin is missing, or misplaced.
+    """
+    from trainkit.hooks import load_plugins
+
+    for variant in {run.variant.name: run.variant for run in runs}.values():
+        try:
+            load_plugins(variant.recipe)
+        except TrainkitError as problem:
+            raise type(problem)(f"variant {variant.name}: {problem}") from problem
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Return the seeds that ``0-4,7`` names.
+
+    Raises:
+        UsageError: it names none, or too many.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
+        if not found or int(found[2] or found[1]) - int(found[1]) not in range(MAX_RUNS):
+            raise UsageError(f"--seeds: {text!r}: expected numbers and ranges, such as 0-4 or 0,3,7")
+        seeds += range(int(found[1]), int(found[2] or found[1]) + 1)
+    return list(dict.fromkeys(seeds))
+
+
+def read_study(path: Path, overrides: Sequence[str]) -> tuple[str, list[Variant], list[int]]:
+    """Read a study: its name, variants and seeds. Every recipe in it is read, so that nothing fails later for its text.
+
+    Args:
+        path: a YAML file: ``name``, ``recipe`` (beside the file), ``seeds``, ``overrides`` (of all variants), and
+            ``variants``: by name a mapping of ``recipe``, ``overrides`` (key to value), ``drop`` (plugins) and ``grid``
+            (key to a list of values: each combination is a variant).
+        overrides: of all variants, behind their own.
+
+    Raises:
+        UsageError: the file or a key of it is wrong.
+        RecipeError: a variant's recipe is.
+    """
+    import yaml
+
+    try:
+        text = read_regular(path, MAX_STUDY).decode()
+        document = yaml.safe_load(text) if "&" not in text else _without_aliases(yaml, text)
+    except OSError as problem:
+        raise UsageError(f"{path}: cannot be read: {problem.strerror}") from problem
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as problem:
+        raise UsageError(f"{path}: no YAML: {' '.join(str(problem).split())[:200]}") from problem
+    given = _mapping(document, f"{path}")
+    _known(given, ("name", "recipe", "seeds", "overrides", "variants"), f"{path}")
+    name = given.get("name", path.name.partition(".")[0])
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
+        raise UsageError(f"{path}: name: expected letters, digits, '.', '_' and '-', got {name!r}")
+    variants: list[Variant] = []
+    for key, value in _mapping(given.get("variants"), f"{path}: variants").items():
+        place = f"{path}: variants.{key}"
+        options = _mapping(value or {}, place)
+        _known(options, ("recipe", "overrides", "drop", "grid"), place)
+        base = options.get("recipe", given.get("recipe"))
+        if not isinstance(base, str):
+            raise UsageError(f"{place}: recipe: expected the name of a recipe file, got {base!r}")
+        common = {**_mapping(given.get("overrides") or {}, f"{path}: overrides")}
+        own = {**common, **_mapping(options.get("overrides") or {}, f"{place}.overrides")}
+        own |= {f"plugins.{plugin}": False for plugin in _list(options.get("drop") or [], f"{place}.drop")}
+        for suffix, chosen in _combinations(_mapping(options.get("grid") or {}, f"{place}.grid"), f"{place}.grid"):
+            lines = (*(f"{k}={json.dumps(v)}" for k, v in {**own, **chosen}.items()), *overrides)
+            variants.append(_variant(f"{key}{suffix}", path.parent / base, lines, place))
+    seeds = given.get("seeds", [0])
+    found = parse_seeds(seeds if isinstance(seeds, str) else ",".join(map(str, _list(seeds, f"{path}: seeds"))))
+    if len(variants) * len(found) > MAX_RUNS:
+        raise UsageError(f"{path}: {len(variants)} variants and {len(found)} seeds are more than {MAX_RUNS:,} runs")
+    if not variants:
+        raise UsageError(f"{path}: variants: there are none")
+    return name, variants, found
+
+
+def _without_aliases(yaml: Any, text: str) -> Any:
+    """Parse YAML, but refuse anchors and aliases, which make a large document of a small one."""
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        raise yaml.YAMLError("aliases are not supported; write it out")
+    return yaml.safe_load(text)
+
+
+def _mapping(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise UsageError(f"{place}: expected a mapping, got {value!r}"[:300])
+    return value
+
+
+def _list(value: Any, place: str) -> list[Any]:
+    if not isinstance(value, list) or (not value and not place.endswith(".drop")):
+        raise UsageError(f"{place}: expected a list with values, got {value!r}"[:300])
+    return value
+
+
+def _known(given: Mapping[str, Any], keys: Sequence[str], place: str) -> None:
+    for key in given:
+        if key not in keys:
+            raise UsageError(f"{place}: {key}: unknown key{did_you_mean(key, keys) or '; known: ' + ', '.join(keys)}")
+
+
+def _combinations(grid: Mapping[str, Any], place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every combination of the values of a grid, with what names it: ``-lr_0.1``."""
+    if not grid:
+        yield "", {}
+        return
+    (key, values), *rest = grid.items()
+    for value in _list(values, f"{place}.{key}"):
+        word = re.sub(r"[^A-Za-z0-9_.]+", "_", str(value)).strip("_") or "none"
+        for suffix, chosen in _combinations(dict(rest), place):
+            yield f"-{key.rpartition('.')[2]}_{word}{suffix}", {key: value, **chosen}
+
+
+def _variant(name: str, path: Path, overrides: Sequence[str], place: str) -> Variant:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
+        raise UsageError(f"{place}: {name!r}: a variant's name is letters, digits, '.', '_' and '-'")
+    try:
+        recipe = load_recipe(path, overrides)
+    except RecipeError as problem:
+        raise RecipeError(f"{place}: {problem}") from problem
+    return Variant(name, path, tuple(overrides), recipe)
+
+
+# ---- run what is missing
+
+#: Brings a planned run to its end, given the environment variables of its process; returns the exit code.
+Executor = Callable[[PlannedRun, Mapping[str, str]], int]
+
+
+def run_missing(
+    runs: Sequence[PlannedRun],
+    *,
+    jobs: int = 1,
+    quiet: bool = False,
+    options: Sequence[str] = (),
+    executor: Executor | None = None,
+) -> tuple[list[PlannedRun], int]:
+    """Train what is not completed.
+
+    Args:
+        runs: from :func:`plan`.
+        jobs: how many at once; cores and GPUs are shared among them.
+        quiet: write what runs print to ``<run directory>.log``, as several at once always do.
+        options: of each command line, such as ``--allow-local``.
+        executor: what trains a run; by default ``python -m trainkit``, in a process of its own.
+
+    Returns:
+        The runs that failed, and the exit code: 0, 1 where some failed, 130 or 143 where it was asked to stop.
+    """
+    waiting = [run for run in runs if run.state() != "completed"]
+    done = len(runs) - len(waiting)
+    failed: list[PlannedRun] = []
+    stopped = 0
+    out = terminal(stderr=True)
+    lock = threading.Lock()
+    free = list(range(jobs))
+
+    def train(planned: PlannedRun) -> None:
+        nonlocal done, stopped
+        with lock:
+            if stopped or children.asked:
+                stopped = stopped or children.asked
+                return
+            place = free.pop(0)
+            said = f"{planned.folder}: {planned.state()}; {done} of {len(runs)} runs are completed"
+            out.print(printable(said), markup=False, highlight=False, soft_wrap=True)
+        start = monotonic()
+        code = (executor or partial(_in_process, children, options, quiet or jobs > 1))(planned, _shares(place, jobs))
+        with lock:
+            free.append(place)
+            if code in STOPPED or children.asked:
+                stopped = children.asked or code
+            elif code or planned.state() != "completed":
+                failed.append(planned)
+                out.print(printable(f"{planned.folder}: failed with exit code {code}"), markup=False, soft_wrap=True)
+            else:
+                done += 1
+                said = f"{planned.folder}: completed in {monotonic() - start:,.0f} s"
+                out.print(printable(said), markup=False, highlight=False, soft_wrap=True)
+
+    with _children() as children, ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(train, waiting))
+    return failed, stopped or int(bool(failed))
+
+
+@attrs.define
+class _Children:
+    """The processes that are running, and the exit code that belongs to the signal that asked to stop, if one did."""
+
+    running: list[subprocess.Popen[bytes]] = attrs.field(factory=list)
+    asked: int = 0
+
+
+@contextmanager
+def _children() -> Iterator[_Children]:
+    """Pass SIGINT and SIGTERM on to the processes that train, and wait for them to save."""
+    children = _Children()
+
+    def stop(number: int, frame: object) -> None:
+        children.asked = 128 + number
+        for child in children.running:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield children
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield children
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _in_process(
+    children: _Children, options: Sequence[str], quiet: bool, planned: PlannedRun, variables: Mapping[str, str]
+) -> int:
+    """Run ``python -m trainkit`` and return its exit code.
+
+    Args:
+        children: where the process is listed, so that signals reach it.
+        options: of the command line.
+        quiet: write what it prints to ``<run directory>.log``.
+        planned: what it trains.
+        variables: of its environment, besides this one's.
+    """
+    _wait_for_others(planned, children)
+    if planned.state() == "completed":
+        return 0
+    command = planned.command(options)
+    if command[0] == "run":
+        shutil.rmtree(planned.folder, ignore_errors=True)  # killed before its first checkpoint: nothing to go on from
+    planned.folder.parent.mkdir(parents=True, exist_ok=True)
+    log = planned.folder.with_name(f"{planned.folder.name}.log") if quiet else None
+    # -P: no module of the folder that one stands in is imported.
+    arguments = [sys.executable, "-P", "-m", "trainkit", *command]
+    output = log.open("ab") if log else None
+    try:
+        # In this one's group Ctrl-C would reach it twice, from the terminal and from here, and twice means at once.
+        child = subprocess.Popen(
+            arguments, env={**os.environ, **variables}, stdout=output, stderr=output, start_new_session=True
+        )
+        children.running.append(child)
+        if children.asked:
+            child.send_signal(signal.SIGTERM)
+        code = child.wait()
+        children.running.remove(child)
+        return code
+    finally:
+        if output:
+            output.close()
+
+
+def _wait_for_others(planned: PlannedRun, children: _Children) -> None:
+    """Wait while another process trains the run, such as one that a killed study has left behind."""
+    said = False
+    while planned.folder.is_dir() and not children.asked:
+        try:
+            with RunDir(planned.folder).exclusive():
+                return
+        except UsageError as problem:
+            if not said:
+                terminal(stderr=True).print(printable(f"waiting: {problem}"), markup=False, soft_wrap=True)
+            said = True
+            sleep(1)
+
+
+def _shares(place: int, jobs: int) -> dict[str, str]:
+    """Return the environment variables that give one of several runs its share of cores and GPUs."""
+    if jobs == 1:
+        return {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    drivers = Path("/proc/driver/nvidia/gpus")
+    gpus = (
+        given.split(",") if given else [str(n) for n in range(len(list(drivers.iterdir())) if drivers.is_dir() else 0)]
+    )
+    if len(gpus) > 1:
+        found["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
+    return found
+
+
+# ---- what is certain
+
+
+@attrs.frozen
+class Summary:
+    """Several values of one metric.
+
+    Args:
+        n: how many.
+        mean: their mean.
+        sd: their standard deviation (n - 1); None for a single one.
+        interval: in which the mean of all seeds lies, at 95 % confidence, by Student's t; None for a single one.
+    """
+
+    n: int
+    mean: float
+    sd: float | None
+    interval: tuple[float, float] | None
+
+
+@attrs.frozen
+class Difference:
+    """The difference between the means of two groups, the first minus the second.
+
+    Args:
+        mean: the difference.
+        interval: in which it lies, at 95 % confidence; None where there are too few values.
+        n: values of each group that were used.
+        paired: whether values of the same seed were compared, else Welch's t was used.
+    """
+
+    mean: float
+    interval: tuple[float, float] | None
+    n: tuple[int, int]
+    paired: bool
+
+    @property
+    def certain(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Return mean, standard deviation and interval of values; at least one."""
+    array = np.asarray(values, dtype=np.float64)
+    mean = float(array.mean())
+    if len(array) < 2:
+        return Summary(len(array), mean, None, None)
+    sd = float(array.std(ddof=1))
+    return Summary(len(array), mean, sd, _interval(mean, sd / math.sqrt(len(array)), len(array) - 1))
+
+
+def compare(first: Mapping[int, float], second: Mapping[int, float]) -> Difference:
+    """Return the difference between two groups of values by seed; paired, where two seeds or more are in both."""
+    common = sorted(first.keys() & second.keys())
+    if len(common) > 1 or (len(common) == 1 and len(first) == len(second) == 1):
+        found = summarize([first[seed] - second[seed] for seed in common])
+        return Difference(found.mean, found.interval, (found.n, found.n), True)
+    a, b = (np.asarray(list(values.values()), dtype=np.float64) for values in (first, second))
+    mean = float(a.mean() - b.mean())
+    if min(len(a), len(b)) < 2:
+        return Difference(mean, None, (len(a), len(b)), False)
+    parts = float(a.var(ddof=1)) / len(a), float(b.var(ddof=1)) / len(b)
+    error_of_mean = math.sqrt(sum(parts))
+    # Welch and Satterthwaite's degrees of freedom
+    degrees = sum(parts) ** 2 / (parts[0] ** 2 / (len(a) - 1) + parts[1] ** 2 / (len(b) - 1)) if error_of_mean else 1.0
+    return Difference(mean, _interval(mean, error_of_mean, degrees), (len(a), len(b)), False)
+
+
+def _interval(mean: float, error_of_mean: float, degrees: float) -> tuple[float, float]:
+    from scipy.stats import t  # type: ignore[import-untyped]
+
+    half = float(t.ppf((1 + LEVEL) / 2, degrees)) * error_of_mean
+    return mean - half, mean + half
+
+
+# ---- what there is
+
+
+@attrs.frozen
+class Group:
+    """The runs of one recipe that differ by their seed alone, as files show them.
+
+    Args:
+        folder: where they lie.
+        name: the variant's.
+        seeds: those that there should be.
+        results: ``result.json`` of those that are completed, by seed.
+    """
+
+    folder: Path
+    name: str
+    seeds: tuple[int, ...]
+    results: Mapping[int, Mapping[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Group:
+        """Read a group's files.
+
+        Raises:
+            UsageError: it is no group.
+        """
+        found = RunDir(folder).read_json("group.json")
+        try:
+            seeds, name = tuple(map(int, found["seeds"])), str(found["variant"])
+        except (KeyError, TypeError, ValueError) as problem:
+            raise UsageError(f"{folder / 'group.json'}: not what trainkit writes: {problem!r}") from problem
+        results = {}
+        for seed in seeds[:MAX_RUNS]:
+            try:
+                result = RunDir(folder / f"seed-{seed}").read_json("result.json")
+            except TrainkitError:
+                continue
+            if isinstance(result, dict) and result.get("status") == "completed":
+                results[seed] = result
+        return cls(folder, name, seeds, results)
+
+    def values(self, metric: str) -> dict[int, float]:
+        """Return a metric's last value by seed. The last, because the best of many epochs is too good."""
+        return self._of("final", metric)
+
+    def seconds(self) -> dict[int, float]:
+        """Return the seconds of training by seed."""
+        return self._of("seconds", "train")
+
+    def metrics(self) -> list[str]:
+        """Return the names of what the runs report at their end."""
+        found = [name for result in self.results.values() for name in _plain(result.get("final"))]
+        return [name for name in dict.fromkeys(found) if name != "lr"]
+
+    def _of(self, part: str, key: str) -> dict[int, float]:
+        found = {seed: _plain(result.get(part)).get(key) for seed, result in self.results.items()}
+        return {
+            seed: float(value)
+            for seed, value in found.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
+
+
+def _plain(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def groups_of(runs: Sequence[PlannedRun]) -> list[Group]:
+    """Return the groups that planned runs belong to, in their order."""
+    return [Group.read(folder) for folder in dict.fromkeys(run.folder.parent for run in runs)]
+
+
+def write_groups(runs: Sequence[PlannedRun]) -> None:
+    """Write what each group of planned runs is, before the first of them starts. Seeds that are there stay."""
+    for folder in dict.fromkeys(run.folder.parent for run in runs):
+        own = [run for run in runs if run.folder.parent == folder]
+        seeds = {run.seed for run in own}
+        if (folder / "group.json").is_file():
+            seeds |= {*Group.read(folder).seeds}
+        variant = own[0].variant
+        told = {"variant": variant.name, "recipe": variant.recipe.name, "overrides": list(variant.overrides)}
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / "group.json", json.dumps({**told, "seeds": sorted(seeds)}, indent=2) + "\n")
+
+
+# ---- tables and pictures
+
+
+def half(interval: tuple[float, float] | None) -> str:
+    """Return ``±0.12``: how far an interval reaches from its middle."""
+    return "-" if interval is None else f"±{(interval[1] - interval[0]) / 2:.3g}"
+
+
+def _cells(values: Mapping[int, float]) -> list[str]:
+    """Return n, mean, sd and how far the interval of the mean reaches."""
+    if not values:
+        return ["0", "-", "-", "-"]
+    found = summarize(list(values.values()))
+    sd = "-" if found.sd is None else f"{found.sd:.2g}"
+    return [str(found.n), number(found.mean), sd, half(found.interval)]
+
+
+def group_table(group: Group) -> Any:
+    """Return a table with a row for each metric that the runs of a group report at their end."""
+    rows = [[metric, *_cells(group.values(metric))] for metric in group.metrics()]
+    made = table(["last epoch", "n", "mean", "sd", "95 %"], rows, right=["n", "mean", "sd", "95 %"])
+    made.caption = "95 %: interval of the mean, by Student's t"
+    return made
+
+
+def listing_table(groups: Sequence[Group], metric: str) -> Any:
+    """Return a table with a row a group, by its folder."""
+    rows = []
+    for group in groups:
+        n, *cells = _cells(group.values(metric))
+        rows.append([str(group.folder), f"{n}/{len(group.seeds)}", *cells])
+    made = table(["group", "seeds", "mean", "sd", "95 %"], rows, right=["seeds", "mean", "sd", "95 %"])
+    made.caption = f"{printable(metric)}, last epoch; 95 %: interval of the mean"
+    return made
+
+
+def study_table(groups: Sequence[Group], metric: str) -> Any:
+    """Return a table with a row a variant, each compared with the first."""
+    base = groups[0].name
+    columns = ["variant", "n", "mean", "sd", "95 %", f"beyond {base}", "within", "train, s"]
+    first = groups[0].values(metric)
+    rows, how = [], set()
+    for group in groups:
+        values, seconds = group.values(metric), list(group.seconds().values())
+        n, *cells = _cells(values)
+        against = ["", ""]
+        if group is not groups[0] and values and first:
+            found = compare(values, first)
+            against = [f"{found.mean:+.2f}", half(found.interval)]
+            how.add("paired by seed" if found.paired else "Welch's t")
+        time = f"{np.mean(seconds):,.1f}" if seconds else "-"
+        rows.append([group.name, f"{n}/{len(group.seeds)}", *cells, *against, time])
+    made = table(columns, rows, right=columns[1:], optional=["train, s", "sd"])
+    compared = f"; within: of the difference ({', '.join(sorted(how))})" if how else ""
+    made.caption = f"{printable(metric)}, last epoch; 95 %: interval of the mean{compared}"
+    return made
+
+
+def facts_of(group: Group, metrics: Sequence[str]) -> dict[str, Any]:
+    """Return what JSON says of a group: for each metric n, mean, sd, interval and the values by seed."""
+    found = {metric: group.values(metric) for metric in metrics}
+    return {
+        "folder": str(group.folder),
+        "variant": group.name,
+        "seeds": list(group.seeds),
+        "completed": sorted(group.results),
+        "metrics": {
+            metric: {**attrs.asdict(summarize(list(values.values()))), "values": values}
+            for metric, values in found.items()
+            if values
+        },
+    }
+
+
+def ablation_table(groups: Sequence[Group], metric: str) -> Any:
+    """Return a table with a row for each plugin that was left out: what it buys, and what it costs in time."""
+    whole, *others = groups
+    rows = []
+    for group in others:
+        values, first = group.values(metric), whole.values(metric)
+        name, n = group.name.removeprefix("without-"), f"{len(values)}/{len(group.seeds)}"
+        if not values or not first:
+            rows.append([name, n, "-", "-", "-", "nothing to compare" if group.results else "failed without it"])
+            continue
+        found, time = compare(first, values), compare(whole.seconds(), group.seconds())
+        share = 100 * time.mean / (np.mean(list(group.seconds().values())) or 1)
+        verdict = "certain" if found.certain else "may be nothing" if found.interval else "one seed tells nothing"
+        verdict = "nothing" if found.interval == (0, 0) else verdict
+        rows.append([name, n, f"{found.mean:+.2f}", half(found.interval), f"{share:+.0f} %", verdict])
+    made = table(["plugin", "n", "buys", "95 %", "time", ""], rows, right=["n", "buys", "95 %", "time"])
+    made.caption = f"what each plugin adds to {printable(metric)} of the last epoch, and to the time of training"
+    return made
+
+
+def forest(groups: Sequence[Group], metric: str, title: str) -> Figure:
+    """Draw what each plugin buys, with its interval, and what it costs in time."""
+    from matplotlib.figure import Figure
+
+    whole, *others = groups
+    shown = [group for group in others if group.values(metric) and whole.values(metric)]
+    figure = Figure(figsize=(11, 1.8 + 0.5 * len(shown)), dpi=100, layout="constrained")
+    buys, costs = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])
+    for n, group in enumerate(shown):
+        found = compare(whole.values(metric), group.values(metric))
+        time = compare(whole.seconds(), group.seconds())
+        for axes, difference, scale in ((buys, found, 1.0), (costs, time, 1.0)):
+            low, high = difference.interval or (difference.mean, difference.mean)
+            colour = "#0072B2" if difference.certain else "#8a8a8a"
+            axes.plot([low * scale, high * scale], [n, n], color=colour, linewidth=2.5, solid_capstyle="butt")
+            axes.plot(difference.mean * scale, n, "o", color=colour, markersize=8)
+    buys.set_yticks(range(len(shown)), [group.name.removeprefix("without-") for group in shown])
+    buys.set_ylim(len(shown) - 0.5, -0.5)
+    buys.set_xlabel(f"adds to {metric} (95 % interval)")
+    costs.set_xlabel("adds to the time of training (s)")
+    for axes in (buys, costs):
+        axes.axvline(0, color="#444444", linewidth=1)
+        axes.grid(axis="x", color="#e4e4e4")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def _write_figure(figure: Figure, path: Path) -> None:
+    for kind in ("png", "svg"):
+        data = io.BytesIO()
+        figure.savefig(data, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        atomic_write(path.with_suffix(f".{kind}"), data.getvalue())
+
+
+# ---- the commands
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--metric", default=METRIC, metavar="NAME", help=f"what is compared (default: {METRIC})")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many runs at once (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_allow_local(parser)
+
+
+def _train(args: argparse.Namespace, runs: Sequence[PlannedRun]) -> tuple[list[Group], int]:
+    """Train what is missing of a plan and return its groups."""
+    if args.jobs < 1:
+        raise UsageError(f"--jobs: at least 1, not {args.jobs}")
+    check(runs)
+    write_groups(runs)
+    options = ["--allow-local"] if args.allow_local else []
+    failed, code = run_missing(runs, jobs=args.jobs, quiet=args.json, options=options)
+    for planned in failed:
+        error(f"{planned.folder}: failed; see why: trainkit {shlex.join(planned.command(options))}")
+    return groups_of(runs), code
+
+
+class _Seeds:
+    """``trainkit run RECIPE --seeds``."""
+
+    HELP = "Train a recipe with several seeds, and say mean, standard deviation and interval of what is reached."
+    EXAMPLES = """\
+examples:
+  trainkit run recipes/quickstart.yaml --seeds 0-4
+  trainkit run recipes/quickstart.yaml epochs=5 --seeds 0,3,7 --jobs 2
+"""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Declare the command's arguments."""
+        parser.add_argument("recipe", type=Path, help="a recipe file")
+        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace one value of the recipe")
+        parser.add_argument("--seeds", required=True, metavar="SEEDS", help="such as 0-9 or 0,3,7")
+        _common(parser)
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Train what is missing, and print a row for each metric."""
+        seeds = parse_seeds(args.seeds)
+        recipe = load_recipe(args.recipe, args.overrides)
+        runs = plan(Path("runs") / recipe.name, [Variant("seeds", args.recipe, tuple(args.overrides), recipe)], seeds)
+        (group,), code = _train(args, runs)
+        if args.json:
+            print_json(facts_of(group, group.metrics()))
+            return code
+        out = terminal()
+        if group.results:
+            out.print(group_table(group))
+        said = f"{group.folder}: {len(group.results)} of {len(group.seeds)} seeds completed"
+        out.print(printable(said), markup=False, highlight=False, soft_wrap=True)
+        return code
+
+
+class _Study:
+    """``trainkit study``."""
+
+    HELP = "Train the variants of a study, each with several seeds, and say how they differ, and how certainly."
+    EXAMPLES = """\
+examples:
+  trainkit study recipes/paper.study.yaml plugins.cifar10.root=DIR
+  trainkit study recipes/paper.study.yaml plugins.cifar10.root=DIR epochs=1 max_steps=20 -o runs/small
+"""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Declare the command's arguments."""
+        parser.add_argument("file", type=Path, metavar="FILE", help="a YAML file: see the plugin's README")
+        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace one value of every variant")
+        parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: runs/<the study's name>")
+        parser.add_argument("--seeds", metavar="SEEDS", help="in place of those of the file, such as 0-2")
+        parser.add_argument("--plan", action="store_true", help="show which runs there are, and train none")
+        _common(parser)
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Train what is missing, and print a row for each variant."""
+        name, variants, seeds = read_study(args.file, args.overrides)
+        if args.seeds:
+            seeds = parse_seeds(args.seeds)
+        home = args.output or Path("runs") / name
+        runs = plan(home, variants, seeds)
+        if args.plan:
+            rows = [(run.variant.name, run.seed, run.state(), str(run.folder)) for run in runs]
+            if args.json:
+                print_json([dict(zip(("variant", "seed", "state", "folder"), row, strict=True)) for row in rows])
+            else:
+                terminal().print(table(["variant", "seed", "state", "folder"], rows, right=["seed"]))
+            return 0
+        check(runs)  # before anything is written
+        home.mkdir(parents=True, exist_ok=True)
+        folders = {variant.name: variant.folder for variant in variants}
+        atomic_write(
+            home / "study.json", json.dumps({"name": name, "variants": folders, "seeds": seeds}, indent=2) + "\n"
+        )
+        groups, code = _train(args, runs)
+        if args.json:
+            print_json([facts_of(group, [args.metric]) for group in groups])
+        else:
+            terminal().print(study_table(groups, args.metric))
+        return code
+
+
+class _Ablate:
+    """``trainkit ablate``."""
+
+    HELP = "Train a recipe without each of its plugins in turn, and say what each buys, and how certainly."
+    EXAMPLES = """\
+examples:
+  trainkit ablate recipes/quickstart.yaml --seeds 0-4
+  trainkit ablate recipes/quickstart.yaml epochs=5 --plugins se,lookahead,grad_clip --seeds 0-2
+"""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Declare the command's arguments."""
+        parser.add_argument("recipe", type=Path, help="a recipe file")
+        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace one value of the recipe")
+        parser.add_argument("--plugins", metavar="NAMES", help="leave out these alone, such as se,lookahead")
+        parser.add_argument("--seeds", default="0-2", metavar="SEEDS", help="default: 0-2")
+        _common(parser)
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Train what is missing, print a row for each plugin, and draw."""
+        seeds = parse_seeds(args.seeds)
+        recipe = load_recipe(args.recipe, args.overrides)
+        names = args.plugins.split(",") if args.plugins else None
+        variants, passed_over = ablations(args.recipe, args.overrides, recipe, names)
+        for name, reason in passed_over.items():
+            terminal(stderr=True).print(printable(f"{name}: {reason}"), markup=False, highlight=False)
+        home = Path("runs") / f"{recipe.name}.ablation"
+        groups, code = _train(args, plan(home, variants, seeds))
+        title = f"{recipe.name}: {len(seeds)} seeds"
+        if any(group.values(args.metric) for group in groups[1:]):
+            _write_figure(forest(groups, args.metric, title), home / "ablation.png")
+        if args.json:
+            print_json({"groups": [facts_of(group, [args.metric]) for group in groups], "passed_over": passed_over})
+            return code
+        out = terminal()
+        out.print(ablation_table(groups, args.metric))
+        for path in (home, *sorted(home.glob("ablation.*"))):
+            out.print(printable(path), markup=False, highlight=False, soft_wrap=True)
+        return code
+
+
+def ablations(
+    path: Path, overrides: Sequence[str], recipe: Recipe, names: Sequence[str] | None = None
+) -> tuple[list[Variant], dict[str, str]]:
+    """Return a recipe as it is, and without each plugin in turn; and why which plugins are passed over.
+
+    Args:
+        path: the recipe's file.
+        overrides: of the recipe.
+        recipe: the recipe with them.
+        names: which plugins; by default all that may be left out.
+
+    Raises:
+        UsageError: the recipe does not list one of `names`, or it may not be left out.
+    """
+    from trainkit.hooks import load_plugins
+
+    loaded = load_plugins(recipe).plugins
+    for name in names or ():
+        if name not in loaded:
+            raise UsageError(f"--plugins: {path} lists no plugin {name!r}{did_you_mean(name, loaded)}")
+    variants, passed_over = [Variant(WHOLE, path, tuple(overrides), recipe)], {}
+    for name in names or loaded:
+        reason = ""
+        changed = (*overrides, f"plugins.{name}=false")
+        if is_observer(type(loaded[name].instance)):
+            reason = "only watches: leaving it out changes no number"
+        else:
+            try:
+                shorter = load_recipe(path, changed)
+                hooks = load_plugins(shorter)
+                missing = [hook for hook in ("data", "model", "loss", "optimizer") if hooks.only(hook) is None]
+                reason = f"nothing else provides {missing[0]!r}" if missing else ""
+            except TrainkitError as problem:
+                reason = str(problem)
+        if reason:
+            passed_over[name] = reason
+            if names:
+                raise UsageError(f"--plugins: {name}: {reason}")
+        else:
+            variants.append(_variant(f"without-{name.replace('@', '-')}", path, changed, str(path)))
+    return variants, passed_over
+
+
+SEEDS = _Seeds
+STUDY = _Study
+ABLATE = _Ablate
