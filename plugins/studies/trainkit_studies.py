@@ -316,6 +316,11 @@ def run_missing(
             place = free.pop(0)
             said = f"{planned.folder}: {planned.state()}; {done} of {len(runs)} runs are completed"
             out.print(printable(said), markup=False, highlight=False, soft_wrap=True)
+        _wait_for_others(planned, children)
+        if planned.state() == "missing":
+            shutil.rmtree(
+                planned.folder, ignore_errors=True
+            )  # killed before its first checkpoint: nothing to go on from
         start = monotonic()
         code = (executor or partial(_in_process, children, options, quiet or jobs > 1))(planned, _shares(place, jobs))
         with lock:
@@ -377,13 +382,7 @@ def _in_process(
         planned: what it trains.
         variables: of its environment, besides this one's.
     """
-    _wait_for_others(planned, children)
-    if planned.state() == "completed":
-        return 0
     command = planned.command(options)
-    if command[0] == "run":
-        shutil.rmtree(planned.folder, ignore_errors=True)  # killed before its first checkpoint: nothing to go on from
-    planned.folder.parent.mkdir(parents=True, exist_ok=True)
     log = planned.folder.with_name(f"{planned.folder.name}.log") if quiet else None
     # -P: no module of the folder that one stands in is imported.
     arguments = [sys.executable, "-P", "-m", "trainkit", *command]

@@ -110,12 +110,8 @@ def _dispatch(argv: list[str]) -> int:
         )
         return 0
     given = {argument.partition("=")[0] for argument in argv[1:]}
-    if option := next(
-        (name for name in extra if name.startswith(f"{first}.--") and name.partition(".")[2] in given), ""
-    ):
-        command = only(option, extra[option], "command").load()  # `trainkit run --seeds`: an option that a plugin adds
-    else:
-        command = _command(first, extra)
+    taking_over = [name for name in extra if name.startswith(f"{first}.--") and name.partition(".")[2] in given]
+    command = _command(taking_over[0] if taking_over else first, extra)  # `trainkit run --seeds`: a plugin's option
     options = [name.partition(".")[2] for name in extra if name.startswith(f"{first}.--")]
     added = f"\n\nactions that plugins add: {more}" if more else ""
     added += f"\n\noptions that plugins add: {', '.join(options)}; `trainkit {first} OPTION --help`" if options else ""
