@@ -26,6 +26,7 @@ SMALL = {"stem": 4, "blocks": [1], "channels": [4]}
 # Options for images of 8x8 pixels, where those of the README are for larger ones or name files.
 OPTIONS = {
     "balanced_sampler": {"images": 24},
+    "dirac": {"modules": ["stages.0"]},
     "figures": {"every": 2},
     "freeze": {"modules": ["stages.0"], "epoch": 1},
     "hold_out": {"count": 8, "per_class": False, "seed": 1},
@@ -42,6 +43,7 @@ OPTIONS = {
 # What they need beside them, with its options.
 BESIDE = {
     "checkpoint": {"metrics": {}},
+    "dirac": {"resnet": SMALL},
     "early_stopping": {"metrics": {}},
     "figures": {"metrics": {}},
     "freeze": {"resnet": SMALL},
