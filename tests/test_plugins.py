@@ -31,6 +31,7 @@ OPTIONS = {
     "freeze": {"modules": ["stages.0"], "epoch": 1},
     "hold_out": {"count": 8, "per_class": False, "seed": 1},
     "kernel_sharing": {"within": ["stages.0"]},
+    "parameter_groups": {"groups": [{"parameters": ["*.bias"], "lr_scale": 4.0}]},
     "random_crop": {"size": 8, "padding": 1},
     "random_resized_crop": {"size": 8},
     "reduce_lr_on_plateau": {"patience": 0, "threshold": 9.0, "threshold_mode": "abs"},
@@ -50,6 +51,7 @@ BESIDE = {
     "kernel_sharing": {"resnet": {**SMALL, "blocks": [2]}},
     "metric_log": {"metrics": {"every": 1}},
     "reduce_lr_on_plateau": {"metrics": {}},
+    "parameter_groups": {"sgd": {}},
     "se": {"resnet": SMALL},
     "weight_decay_groups": {"sgd": {"weight_decay": 0.1}},
 }
