@@ -26,6 +26,7 @@ SMALL = {"stem": 4, "blocks": [1], "channels": [4]}
 # Options for images of 8x8 pixels, where those of the README are for larger ones or name files.
 OPTIONS = {
     "balanced_sampler": {"images": 24},
+    "conv_groups": {"widths": [4, 6]},
     "dirac": {"modules": ["stages.0"]},
     "figures": {"every": 2},
     "freeze": {"modules": ["stages.0"], "epoch": 1},
@@ -40,6 +41,7 @@ OPTIONS = {
     "se": {"after": ["stages.*.*.bn2"], "reduction": 2},
     "torchvision_model": {"name": "shufflenet_v2_x0_5"},
     "weight_decay_groups": {},
+    "whitening": {"images": 8},
 }
 # What they need beside them, with its options.
 BESIDE = {
