@@ -26,10 +26,13 @@ SMALL = {"stem": 4, "blocks": [1], "channels": [4]}
 # Options for images of 8x8 pixels, where those of the README are for larger ones or name files.
 OPTIONS = {
     "balanced_sampler": {"images": 24},
+    "conv_groups": {"widths": [4, 6]},
+    "dirac": {"modules": ["stages.0"]},
     "figures": {"every": 2},
     "freeze": {"modules": ["stages.0"], "epoch": 1},
     "hold_out": {"count": 8, "per_class": False, "seed": 1},
     "kernel_sharing": {"within": ["stages.0"]},
+    "parameter_groups": {"groups": [{"parameters": ["*.bias"], "lr_scale": 4.0}]},
     "random_crop": {"size": 8, "padding": 1},
     "random_resized_crop": {"size": 8},
     "reduce_lr_on_plateau": {"patience": 0, "threshold": 9.0, "threshold_mode": "abs"},
@@ -38,16 +41,19 @@ OPTIONS = {
     "se": {"after": ["stages.*.*.bn2"], "reduction": 2},
     "torchvision_model": {"name": "shufflenet_v2_x0_5"},
     "weight_decay_groups": {},
+    "whitening": {"images": 8},
 }
 # What they need beside them, with its options.
 BESIDE = {
     "checkpoint": {"metrics": {}},
+    "dirac": {"resnet": SMALL},
     "early_stopping": {"metrics": {}},
     "figures": {"metrics": {}},
     "freeze": {"resnet": SMALL},
     "kernel_sharing": {"resnet": {**SMALL, "blocks": [2]}},
     "metric_log": {"metrics": {"every": 1}},
     "reduce_lr_on_plateau": {"metrics": {}},
+    "parameter_groups": {"sgd": {}},
     "se": {"resnet": SMALL},
     "weight_decay_groups": {"sgd": {"weight_decay": 0.1}},
 }

@@ -10,8 +10,9 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 from trainkit import transforms
-from trainkit.errors import RecipeError
+from trainkit.errors import PluginError, RecipeError
 from trainkit.rng import stream
+from trainkit.testing import run_steps, watch
 from trainkit.transforms import Gather, Map, Pipeline, gather, to_float
 
 CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test.zip"
@@ -72,6 +73,18 @@ class Brighten(Map):
 
     def apply(self, images, params):
         return to_float(images) + params["amount"].view(-1, 1, 1, 1)
+
+
+class Numbered(Map):
+    """Paint each image with a number of its own, and with the epoch's."""
+
+    needs_indices = True
+
+    def look_up(self, indices, epoch):
+        return {"number": 10 * epoch + indices}
+
+    def apply(self, images, params):
+        return params["number"].view(-1, 1, 1, 1).expand(images.shape).to(torch.float32)
 
 
 class TooSmall(Gather):
@@ -248,3 +261,24 @@ def test_rotation_crop_and_flip_at_once_equal_pil_one_after_another(images):
         pil = TF.crop(TF.pad(pil, 2), int(cropped["top"][n]), int(cropped["left"][n]), 32, 32)
         expected.append(TF.pil_to_tensor(TF.hflip(pil) if flipped["flip"][n] else pil))
     assert torch.equal(gather(images, plan), torch.stack(expected))
+
+
+def test_a_transform_may_know_which_images_it_gets_in_a_batch_of_several_chunks(monkeypatch):
+    pipeline = Pipeline([("numbered", Numbered())])
+    images, indices = noise(0, 7, 3, 4, 4), torch.tensor([5, 0, 3, 9, 1, 1, 2])
+    monkeypatch.setattr(transforms, "CPU_CHUNK", 2 * 4 * 4)
+    painted = pipeline(images, lambda name: stream(0, name), indices, 2)
+    assert painted[:, 0, 0, 0].tolist() == [25, 20, 23, 29, 21, 21, 22]
+    with pytest.raises(PluginError, match="transform 'numbered' needs to know which images it gets"):
+        pipeline(images, lambda name: stream(0, name))
+
+
+def test_a_run_tells_transforms_which_images_they_get_and_in_which_epoch():
+    seen = []
+    note = watch(
+        transforms=lambda split: Numbered(),
+        forward_end=lambda run, batch: seen.append((run.split, run.epoch, batch.indices, batch.images[:, 0, 0, 0])),
+    )
+    run_steps({"note": note}, steps=8)
+    assert {(split, epoch) for split, epoch, *_ in seen} == {("train", 0), ("test", 0), ("train", 1), ("test", 1)}
+    assert all(torch.equal(numbers, (10 * epoch + indices).float()) for _, epoch, indices, numbers in seen)

@@ -259,7 +259,7 @@ class Run:
         """Apply the image transforms of the current split, then what plugins do to the batch."""
         if self._transform_batch is None:
             self._transform_batch = self.hooks.chain("transform_batch", Batch)
-        batch.images = self.transforms[self.split](batch.images, self.rng)
+        batch.images = self.transforms[self.split](batch.images, self.rng, batch.indices, self.epoch)
         self.batch = self._transform_batch(self, batch)
         return self.batch
 

@@ -3,7 +3,8 @@
 There are two kinds. A :class:`Gather` moves pixels: it says where each output pixel comes from, and neighbouring
 gathers become one gather, exactly, because none of them computes a new value. A :class:`Map` computes values. Both give
 their random parameters (``draw``) and their arithmetic apart, so that the same parameters can be handed to another
-implementation.
+implementation. Parameters that follow from which image it is, and not from the batch that it is in, come from
+``look_up``.
 """
 
 from abc import ABC, abstractmethod
@@ -33,9 +34,11 @@ CPU_CHUNK, GPU_CHUNK = 2**18, 2**22
 
 
 class Transform:
-    """What both kinds share."""
+    """What both kinds share. One that must know which images it gets says so: ``needs_indices: ClassVar = True``."""
 
     __slots__ = ()
+
+    needs_indices: ClassVar[bool] = False  #: whether ``look_up`` is called, and batches without indices are refused
 
     def draw(self, rng: np.random.Generator, n: int, size: Size) -> Draws:
         """Draw the random parameters of `n` images of this size; none by default.
@@ -47,6 +50,18 @@ class Transform:
 
         Returns:
             Arrays whose first dimension is `n`.
+        """
+        return {}
+
+    def look_up(self, indices: Tensor, epoch: int) -> Params:
+        """Return parameters that depend on which images these are; none by default.
+
+        Args:
+            indices: int64 [n], each image's place in its split, on the device; reading a value stalls a GPU.
+            epoch: from 0.
+
+        Returns:
+            Tensors on the device whose first dimension is n, beside those that ``draw`` gives.
         """
         return {}
 
@@ -108,12 +123,28 @@ class Pipeline:
     def __init__(self, steps: Sequence[tuple[str, Transform]]) -> None:
         self.steps = tuple(steps)
 
-    def __call__(self, images: Tensor, stream: Callable[[str], np.random.Generator]) -> Tensor:
-        """Transform a batch; parameters are drawn for the whole batch, so chunks do not change them."""
+    def __call__(
+        self,
+        images: Tensor,
+        stream: Callable[[str], np.random.Generator],
+        indices: Tensor | None = None,
+        epoch: int = 0,
+    ) -> Tensor:
+        """Transform a batch; parameters are drawn for the whole batch, so chunks do not change them.
+
+        Args:
+            images: uint8 [N, C, H, W].
+            stream: the generator of a name.
+            indices: int64 [N], each image's place in its split; a transform may need them.
+            epoch: from 0.
+
+        Raises:
+            PluginError: a transform needs the indices, and there are none.
+        """
         if not self.steps:
             return to_float(images)
         n, channels, height, width = images.shape
-        params = self.draw(n, (height, width), stream, images.device)
+        params = self.draw(n, (height, width), stream, images.device, indices=indices, epoch=epoch)
         sizes = self.sizes((height, width))
         chunk = max(1, (CPU_CHUNK if images.device.type == "cpu" else GPU_CHUNK) // max(h * w for h, w in sizes))
         if n <= chunk:
@@ -139,13 +170,31 @@ class Pipeline:
         return sizes
 
     def draw(
-        self, n: int, size: Size, stream: Callable[[str], np.random.Generator], device: torch.device
+        self,
+        n: int,
+        size: Size,
+        stream: Callable[[str], np.random.Generator],
+        device: torch.device,
+        *,
+        indices: Tensor | None = None,
+        epoch: int = 0,
     ) -> list[Params]:
-        """Draw the parameters of every transform for `n` images of this size."""
+        """Draw, and look up, the parameters of every transform for `n` images of this size.
+
+        Raises:
+            PluginError: a transform needs the indices, and there are none.
+        """
         params: list[Params] = []
         for (name, step), arriving in zip(self.steps, self.sizes(size)[:-1], strict=True):
-            draws = step.draw(stream(name), n, arriving)
-            params.append({k: _sent(v, device) for k, v in draws.items()})
+            given = {k: _sent(v, device) for k, v in step.draw(stream(name), n, arriving).items()}
+            if step.needs_indices:
+                if indices is None:
+                    raise PluginError(
+                        f"transform {name.partition('/')[0]!r} needs to know which images it gets, and the batch has "
+                        "no indices; give them to the Batch, or to the pipeline"
+                    )
+                given.update(step.look_up(indices, epoch))
+            params.append(given)
         return params
 
     def apply(self, images: Tensor, params: Sequence[Params]) -> Tensor:

@@ -27,9 +27,13 @@ class EMA:
 
     Args:
         decay: the share of the average that each step keeps; greater than 0, less than 1.
+        warmup: let the decay grow: after n steps it is ``(1 + n) / (10 + n)`` where that is less than `decay`, as in
+            TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``. The average forgets the first weights
+            sooner, so that it is of use early and in short runs.
     """
 
     decay: float = field(default=0.999, validator=and_(gt(0), lt(1)))
+    warmup: bool = False
     _average: nn.Module = field(init=False)
     _averages: list[Tensor] = field(init=False)  # what is averaged of both networks, in the same order
     _weights: list[Tensor] = field(init=False)
@@ -47,8 +51,12 @@ class EMA:
     @torch.no_grad()
     def step_end(self) -> None:
         """Move the average towards the weights, all of them in one operation."""
-        torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay if self._steps else 1.0)
+        torch._foreach_lerp_(self._averages, self._weights, 1 - self._decay() if self._steps else 1.0)
         self._steps += 1
+
+    def _decay(self) -> float:
+        """Return the share of the average that the coming step keeps."""
+        return min(self.decay, (1 + self._steps) / (10 + self._steps)) if self.warmup else self.decay
 
     @hookimpl
     def eval_model(self) -> nn.Module | None:

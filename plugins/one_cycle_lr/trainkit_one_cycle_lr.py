@@ -20,7 +20,8 @@ class OneCycleLR:
     """Raise the learning rate to a maximum and lower it to almost 0, once (Smith and Topin, arXiv:1708.07120).
 
     The options are those of ``torch.optim.lr_scheduler.OneCycleLR``, with its defaults, and the rates of all steps are
-    torch's. The rate changes after every optimizer step. The optimizer's own learning rate is not used.
+    torch's. The rate changes after every optimizer step. The optimizer's own learning rate is not used, but for
+    proportions: a parameter group of ten times that rate has ten times the rate of the cycle.
 
     Args:
         max_lr: the highest learning rate; greater than 0.
@@ -69,7 +70,7 @@ class OneCycleLR:
             )
         scheduler = _OneCycle(
             optimizer,
-            self.max_lr,
+            self._max_lrs(optimizer),
             total_steps=total_steps,
             pct_start=self.pct_start,
             anneal_strategy=self.anneal_strategy,
@@ -81,6 +82,11 @@ class OneCycleLR:
             three_phase=self.three_phase,
         )
         return Schedule(scheduler, "step")
+
+    def _max_lrs(self, optimizer: Optimizer) -> list[float]:
+        """Return the highest rate of each group, in proportion to the group's rate now."""
+        own = optimizer.defaults["lr"]
+        return [self.max_lr * (group["lr"] / own if own else 1.0) for group in optimizer.param_groups]
 
 
 class _OneCycle(torch.optim.lr_scheduler.OneCycleLR):

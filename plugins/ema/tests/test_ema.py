@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from attrs import field
@@ -24,15 +26,30 @@ class Reference:
     """torch's own average, beside the plugin."""
 
     decay: float
+    average_by: Any = None  # of two tensors and the number of updates, in place of the decay
     average: AveragedModel = field(init=False)
 
     @hookimpl
     def fit_start(self, run):
-        self.average = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True)
+        together = None if self.average_by else get_ema_multi_avg_fn(self.decay)
+        self.average = AveragedModel(run.model, avg_fn=self.average_by, multi_avg_fn=together, use_buffers=True)
 
     @hookimpl
     def step_end(self, run):
         self.average.update_parameters(run.model)
+
+
+@settings(max_examples=6)
+@given(st.floats(0.1, 0.9999), st.integers(1, 12))
+def test_with_a_warm_up_the_decay_grows_to_its_value(decay, steps):
+    def tensorflows(average, weights, updates):  # tf.train.ExponentialMovingAverage(decay, num_updates)
+        kept = min(decay, (1 + updates) / (10 + updates))
+        return kept * average + (1 - kept) * weights
+
+    ema, reference = EMA(decay=decay, warmup=True), Reference(decay=decay, average_by=tensorflows)
+    run_steps({"ema": ema, "reference": reference}, steps=steps)
+    theirs = reference.average.module.parameters()
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(ema.eval_model().parameters(), theirs, strict=True))
 
 
 @plugin

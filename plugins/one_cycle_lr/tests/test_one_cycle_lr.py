@@ -99,6 +99,24 @@ def test_beyond_the_cycle_the_rate_stays_at_its_end(strategy):
     assert run.optimizer.param_groups[0]["lr"] == found[5][0]
 
 
+def test_parameter_groups_keep_the_proportions_of_their_rates():
+    def groups(params):
+        return torch.optim.SGD([{"params": params[:1]}, {"params": params[1:], "lr": 5.0}], lr=0.5, momentum=0.9)
+
+    seen = []
+    note = watch(gradients_ready=lambda run: seen.append([group["lr"] for group in run.optimizer.param_groups]))
+    run_steps({"optimizer": watch(optimizer=groups), "one_cycle_lr": OneCycleLR(max_lr=0.1), "note": note}, steps=9)
+    single = [lr for lr, _ in torchs(9, max_lr=0.1, total_steps=9)]
+    assert [lr for lr, _ in seen] == single
+    assert [lr for _, lr in seen] == pytest.approx([10 * lr for lr in single])
+
+
+def test_an_optimizer_of_rate_0_has_the_rate_of_the_cycle():
+    sgd = watch(optimizer=lambda params: torch.optim.SGD(params, lr=0.0, momentum=0.9))
+    run = build_run({"sgd": sgd, "one_cycle_lr": OneCycleLR(max_lr=0.1, div_factor=4)})
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
+
+
 @pytest.mark.parametrize("pct_start", [0.0, 1.0])
 def test_a_cycle_may_only_fall_or_only_rise(pct_start):
     found, _ = seen(8, max_lr=0.1, total_steps=8, pct_start=pct_start)
