@@ -108,7 +108,7 @@ def test_the_runs_own_recipe_runs_again_to_the_same_metrics(small, capsys):
         (
             ["run", "small.yaml", "plugins.sgd=false"],
             2,
-            "provides 'optimizer'; list one that does: installed are adam, adamw, sgd",
+            "provides 'optimizer'; list one that does: installed are adam, adamw, muon, sgd",
         ),
         (["run", "small.yaml", "device=meta"], 2, "device: 'meta' holds no numbers"),
         (["run", "small.yaml", "plugins.adam={}"], 2, "both provide it; drop one: `adam: false`"),

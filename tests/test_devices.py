@@ -17,7 +17,7 @@ from trainkit import Data, TrainkitError, fit, load_recipe, numerics
 from trainkit.build import build_with
 from trainkit.hooks import LoadedPlugin, load_plugins, register
 from trainkit.plugin import hookimpl, plugin
-from trainkit.testing import build_run, fake_data
+from trainkit.testing import build_run, fake_data, from_recipe
 from trainkit.trainer import Trainer
 
 from .test_plugins import BESIDE, NOT_HERE, OPTIONS, PLUGINS, load, recipe_lines
@@ -28,6 +28,7 @@ SPECIAL = {
     "non_finite": "it reads every step, on a GPU once the numbers have arrived",
     "weights": "it copies the network to the host after an epoch, and here is nothing to copy",
     "sample_images": "it draws images before the first step",
+    "whitening": "it looks at images before the first step",
     "swa": "at the end of an epoch it passes over the images once more, whose order is copied to the device first",
     "torchmetrics": "some of its metrics count with bincount, which waits",
     "random_erasing": "the meta device has no random numbers",
@@ -105,7 +106,10 @@ def train(monkeypatch, tmp_path):
 def test_no_plugin_waits_for_the_device_within_a_step(name, train):
     beside = {other: load(other)(**options) for other, options in BESIDE.get(name, {}).items()}
     options = OPTIONS.get(name, recipe_lines(name)[name])
-    train(build_run({**beside, name: load(name)(**options)}, device="meta", epochs=2), float64=name in FLOAT64)
+    train(
+        build_run({**beside, name: from_recipe(load(name), **options)}, device="meta", epochs=2),
+        float64=name in FLOAT64,
+    )
 
 
 @plugin

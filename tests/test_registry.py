@@ -278,7 +278,10 @@ def test_what_a_class_does_wrong_is_said_without_advice_to_reinstall(site):
     ("name", "reason"),
     [
         ("run.recipes/quickstart.yaml", "a name is lower-case letters"),
-        ("run.--help", "a name is lower-case letters"),
+        ("run.--help", "trainkit has this option itself"),
+        ("run.--seed", "trainkit has this option itself"),
+        ("plugins.--fast", "only run, resume, evaluate take further options"),
+        ("run.--Fast", "a name is lower-case letters"),
         ("resume.runs", "only plugins, recipes, runs take further actions"),
         ("run.quickstart", "only plugins, recipes, runs take further actions"),
         ("plugins.list", "trainkit has this action itself"),

@@ -53,7 +53,8 @@ class ModelSummary:
     def fit_start(self, run: Run) -> None:
         """Print the table."""
         summary = summarize(run.model, run.image_shape)
-        run.console.print(render(summary, f"{run.recipe.name}, {_times(run.image_shape)} images"))
+        title = f"{run.recipe.name}, {_times(run.image_shape)} images"
+        run.console.print(render(summary, title, run.console.width))
 
 
 def summarize(model: nn.Module, shape: tuple[int, int, int]) -> Summary:
@@ -138,7 +139,7 @@ def _trace(model: nn.Module, shape: tuple[int, int, int]) -> tuple[dict[str, tup
     return outputs, flops, counter.get_total_flops()
 
 
-def render(summary: Summary, title: str) -> Any:
+def render(summary: Summary, title: str, width: int) -> Any:
     """Lay a summary out as a rich table; what a narrow terminal has no room for is left out."""
     columns = ["module", "layers", "output", "kernels", "channels", "parameters", "GFLOP"]
     rows = [
@@ -154,7 +155,9 @@ def render(summary: Summary, title: str) -> Any:
         for part in summary.parts
     ]
     total = ("total", "", "", "", "", f"{summary.parameters:,}", f"{summary.flops / 1e9:,.2f}")
-    made = table(columns, [*rows, total], right=["parameters", "GFLOP"], optional=["channels", "kernels", "output"])
+    made = table(
+        columns, [*rows, total], right=["parameters", "GFLOP"], optional=["channels", "kernels", "output"], width=width
+    )
     made.rows[-2].end_section = True
     unshared = f"; {summary.parameters + summary.shared:,} without sharing" if summary.shared else ""
     made.title, made.title_justify = title, "left"

@@ -37,6 +37,7 @@ BUILT_IN = {
 
 # The commands to which packages may add actions, with the actions that each has itself.
 ACTIONS = {"plugins": ("list", "show"), "recipes": ("list", "show", "help"), "runs": ()}
+OPTIONS = ("run", "resume", "evaluate")  # the commands to which packages may add options
 _PLAIN = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 
 # How long a thread spins at a barrier before it sleeps: GNU's OpenMP in iterations (by default 300,000, or for ever),
@@ -185,10 +186,19 @@ def _refusal(name: str) -> str:
     if not dot:
         return "trainkit has this command itself" if command in {**BUILT_IN, **ACTIONS} else ""
     if action.startswith("--"):
-        return "" if command in BUILT_IN else f"only {', '.join(BUILT_IN)} take further options"
+        if command not in OPTIONS:
+            return f"only {', '.join(OPTIONS)} take further options"
+        return "trainkit has this option itself" if action in _own_options(command) else ""
     if command not in ACTIONS:
         return f"only {', '.join(ACTIONS)} take further actions"
     return "trainkit has this action itself" if action in ACTIONS[command] else ""
+
+
+def _own_options(command: str) -> set[str]:
+    """Return the options of one of trainkit's own commands."""
+    parser = argparse.ArgumentParser()
+    import_module(f"trainkit.cli.{command}").add_arguments(parser)
+    return {*parser._option_string_actions, "--traceback"}
 
 
 @cache  # once a process

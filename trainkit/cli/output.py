@@ -153,6 +153,7 @@ def table(
     *,
     right: Sequence[str] = (),
     optional: Sequence[str] = (),
+    width: int | None = None,
 ) -> Any:
     """Return a rich table of plain text, in which words stay whole where the terminal has room for them.
 
@@ -161,6 +162,7 @@ def table(
         rows: cells; every one is printed as plain text.
         right: headings of the columns that are aligned to the right.
         optional: headings of the columns that are left out, the first one first, where words would be broken otherwise.
+        width: characters a line; by default the terminal's.
     """
     from rich import box
     from rich.table import Table
@@ -170,15 +172,14 @@ def table(
     texts = {column: [column, *(row[n] for row in cells)] for n, column in enumerate(columns)}
     words = {column: max(len(word) for text in texts[column] for word in text.split() or [""]) for column in columns}
     lines = {column: max(len(line) for text in texts[column] for line in text.split("\n")) for column in columns}
-    width, kept = terminal().width, list(columns)
+    room, kept = terminal().width if width is None else width, list(columns)
     for column in optional:
-        if sum(words[c] + BETWEEN for c in kept) > width + 1:
+        if sum(words[c] + BETWEEN for c in kept) > room + 1:
             kept.remove(column)
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    room = width + 1 - BETWEEN * len(kept)
-    widths = _shared([words[c] for c in kept], [lines[c] for c in kept], room)
-    for column, width in zip(kept, widths, strict=True):
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold", width=width)
+    widths = _shared([words[c] for c in kept], [lines[c] for c in kept], room + 1 - BETWEEN * len(kept))
+    for column, own in zip(kept, widths, strict=True):
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold", width=own)
     for row in cells:
         made.add_row(*(Text(cell) for cell, column in zip(row, columns, strict=True) if column in kept))
     return made

@@ -14,7 +14,7 @@ from trainkit_model_summary import ModelSummary, render, summarize
 
 def printed(summary, title="title", width=100):
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(render(summary, title))
+    console.print(render(summary, title, width))
     return console.export_text()
 
 

@@ -8,7 +8,8 @@ import yaml
 from trainkit.cli import main
 from trainkit_recipe_schema import recipe_schema
 
-RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("[!_]*.yaml"))
+FOLDER = Path(__file__).parents[3] / "recipes"
+RECIPES = sorted(path for path in FOLDER.glob("[!_]*.yaml") if not path.name.endswith(".study.yaml"))
 SMALL = "name: a\nepochs: 1\nbatch_size: 8\nplugins: %s\n"
 
 

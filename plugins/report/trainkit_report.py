@@ -1,0 +1,452 @@
+"""A report of runs as one HTML file, which needs no network and no server.
+
+Whatever comes from a run is a stranger's text: it is escaped, and the page's security policy lets no script run but the
+one below, by its hash, and loads nothing from anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from trainkit import __version__, provenance
+from trainkit.cli.output import number, printable, terminal, written
+from trainkit.errors import UsageError
+from trainkit.rundir import RunDir, atomic_write, read_regular
+from trainkit_runs import StoredRun
+from trainkit_studies import Group, compare, summarize
+
+__all__ = ["REPORT", "Curve", "report"]
+
+METRIC = "test_accuracy"
+MAX_PICTURE = 1 << 24  # bytes
+MAX_RUNS = 200
+PICTURES = ("confusion.png", "samples.png")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#8B5A2B", "#666666")
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 300, 56, 34, 12, 12  # of a chart and its margins
+TICKS = 5
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5a6470; --line: #d9dee4; --back: #ffffff; --card: #f6f8fa; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8eb; --soft: #9aa4af; --line: #333a42; --back: #12151a; --card: #1a1f26; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 1.2rem; background: var(--back); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
+p, li { max-width: 46rem; } .soft { color: var(--soft); font-size: .9rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th { font-weight: 600; } td.n, th.n { text-align: right; white-space: nowrap; }
+code, pre { font: .85rem/1.45 ui-monospace, monospace; } pre { background: var(--card); padding: .8rem; overflow-x: auto; }
+svg { width: 100%; height: auto; max-width: 46rem; display: block; } svg text { fill: var(--soft); font-size: 11px; }
+svg .axis { stroke: var(--line); } svg .curve { fill: none; stroke-width: 2; }
+svg .at { stroke: var(--soft); stroke-dasharray: 3 3; visibility: hidden; }
+figure { margin: 0 0 1.4rem; } figcaption { font-weight: 600; margin-bottom: .3rem; }
+.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .88rem; margin: .3rem 0; }
+.legend button { all: unset; cursor: pointer; } .legend button:focus-visible { outline: 2px solid #0072B2; }
+.legend button[aria-pressed=false] { opacity: .35; text-decoration: line-through; }
+.key { display: inline-block; width: 1.1rem; height: .25rem; vertical-align: middle; margin-right: .4rem; }
+.values { min-height: 1.4rem; font-size: .88rem; color: var(--soft); }
+img { max-width: 100%; background: #fff; } details { margin: .5rem 0; } summary { cursor: pointer; }
+@media print { body { max-width: none; font-size: 11pt; } details:not([open]) { display: none; } figure, tr { break-inside: avoid; } }
+"""
+
+SCRIPT = """
+for (const figure of document.querySelectorAll('figure[data-curves]')) {
+  const curves = JSON.parse(figure.dataset.curves), svg = figure.querySelector('svg');
+  const at = svg.querySelector('.at'), values = figure.querySelector('.values');
+  const [x0, x1, left, right] = JSON.parse(figure.dataset.range);
+  const paths = [...svg.querySelectorAll('.curve')], buttons = [...figure.querySelectorAll('button')];
+  buttons.forEach((button, n) => button.addEventListener('click', () => {
+    const shown = button.getAttribute('aria-pressed') !== 'true';
+    button.setAttribute('aria-pressed', shown);
+    paths[n].style.display = shown ? '' : 'none';
+  }));
+  svg.addEventListener('pointermove', event => {
+    const box = svg.getBoundingClientRect();
+    const x = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
+    const epoch = x0 + (x - left) / (right - left) * (x1 - x0);
+    const said = [];
+    let place = null;
+    curves.forEach(([name, points], n) => {
+      if (buttons[n].getAttribute('aria-pressed') !== 'true' || !points.length) return;
+      const near = points.reduce((a, b) => Math.abs(b[0] - epoch) < Math.abs(a[0] - epoch) ? b : a);
+      if (place === null || Math.abs(near[0] - epoch) < Math.abs(place - epoch)) place = near[0];
+      said.push(name + ' ' + Number(near[1].toPrecision(4)));
+    });
+    if (place === null) return;
+    const where = left + (place - x0) / ((x1 - x0) || 1) * (right - left);
+    at.setAttribute('x1', where); at.setAttribute('x2', where); at.style.visibility = 'visible';
+    values.textContent = 'epoch ' + Number(place.toPrecision(4)) + ': ' + said.join(', ');
+  });
+  svg.addEventListener('pointerleave', () => { at.style.visibility = 'hidden'; values.textContent = ''; });
+}
+"""
+
+
+# ---- HTML
+
+
+def tag(name: str, *inner: str, **attributes: str) -> str:
+    """Return an element; attributes are escaped, and what is inside is HTML already."""
+    given = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(value, quote=True)}"' for key, value in attributes.items()
+    )
+    return f"<{name}{given}>{''.join(inner)}</{name}>"
+
+
+def text(value: object) -> str:
+    """Return any text as HTML that shows it."""
+    return escape(printable(value), quote=True)
+
+
+def html_table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> str:
+    """Return a table; cells are text, and those of the columns in `right` numbers."""
+    classes = [{"class_": "n"} if column in right else {} for column in columns]
+    head = tag("tr", *(tag("th", text(column), **given) for column, given in zip(columns, classes, strict=True)))
+    body = [
+        tag("tr", *(tag("td", text(cell), **given) for cell, given in zip(row, classes, strict=True))) for row in rows
+    ]
+    return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll")
+
+
+def picture(path: Path) -> str:
+    """Return a PNG file as an image in the page; nothing where there is none."""
+    try:
+        data = read_regular(path, MAX_PICTURE)
+    except OSError:
+        return ""
+    if not data.startswith(b"\x89PNG"):
+        return ""
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return tag("figure", tag("figcaption", text(path.stem)), f'<img src="{source}" alt="{text(path.stem)}">')
+
+
+# ---- curves
+
+
+@attrs.frozen
+class Curve:
+    """A curve over the epochs.
+
+    Args:
+        name: of the run.
+        points: epochs and values.
+        dashed: whether it was published, and not measured.
+    """
+
+    name: str
+    points: list[tuple[float, float]]
+    dashed: bool = False
+
+
+def chart(title: str, curves: Sequence[Curve]) -> str:
+    """Return a chart as SVG, with a legend that shows and hides curves and tells values under the pointer."""
+    curves = [curve for curve in curves if curve.points]
+    if not curves:
+        return ""
+    xs = [x for curve in curves for x, _ in curve.points]
+    ys = sorted(y for curve in curves for _, y in curve.points)
+    low, high = ys[0], ys[min(len(ys) - 1, math.ceil(0.98 * len(ys)))] if "loss" in title else ys[-1]
+    x0, x1 = min(xs), max(xs)
+    margin = 0.04 * (high - low) or 0.5
+    low, high = low - margin, high + margin
+
+    def across(x: float) -> float:
+        return LEFT + (x - x0) / ((x1 - x0) or 1) * (WIDTH - LEFT - RIGHT)
+
+    def down(y: float) -> float:
+        return min(max(TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM), TOP), HEIGHT - BOTTOM)
+
+    parts = []
+    for n in range(TICKS):
+        y, x = low + n * (high - low) / (TICKS - 1), x0 + n * (x1 - x0) / (TICKS - 1)
+        parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down(y):.1f}" y2="{down(y):.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
+        if x1 > x0 or n == 0:
+            parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - 14}" text-anchor="middle">{x:.3g}</text>')
+    legend = []
+    for n, curve in enumerate(curves):
+        colour = COLOURS[n % len(COLOURS)]
+        steps = " ".join(f"{'L' if i else 'M'}{across(x):.1f} {down(y):.1f}" for i, (x, y) in enumerate(curve.points))
+        dash = ' stroke-dasharray="5 4"' if curve.dashed else ""
+        parts.append(f'<path class="curve" d="{steps}" stroke="{colour}"{dash}/>')
+        key = f'<span class="key" style="background:{colour}"></span>'
+        legend.append(tag("li", tag("button", key, text(curve.name), type="button", aria_pressed="true")))
+    parts.append(f'<line class="at" x1="0" x2="0" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 1}" text-anchor="middle">epoch</text>')
+    drawn = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(title)}">{"".join(parts)}</svg>'
+    return tag(
+        "figure",
+        tag("figcaption", text(title)),
+        drawn,
+        tag("div", class_="values"),
+        tag("ul", *legend, class_="legend"),
+        data_curves=json.dumps([[curve.name, curve.points] for curve in curves]),
+        data_range=json.dumps([x0, x1, LEFT, WIDTH - RIGHT]),
+    )
+
+
+def rows_of(path: Path) -> list[dict[str, float]]:
+    """Return the rows of a table of epochs, finite numbers alone; none where there is no such table."""
+    try:
+        content = read_regular(path, MAX_PICTURE).decode()
+        found = []
+        for row in csv.DictReader(io.StringIO(content, newline="")):
+            numbers = {name: float(cell) for name, cell in row.items() if name and isinstance(cell, str) and cell}
+            if "epoch" in numbers:
+                found.append({name: value for name, value in numbers.items() if math.isfinite(value)})
+        return found
+    except (OSError, ValueError, csv.Error):
+        return []
+
+
+def curves_of(runs: Sequence[StoredRun], names: Sequence[str], metric: str) -> list[Curve]:
+    """Return a metric's curve of each run, and the published ones that lie in the run directories, each once."""
+    found, published = [], {}
+    for run, name in zip(runs, names, strict=True):
+        rows = rows_of(run.folder / "metrics.csv")
+        found.append(Curve(name, [(row["epoch"], row[metric]) for row in rows if metric in row]))
+        for path in sorted(run.folder.glob("files/*/*.csv")):
+            points = [(row["epoch"], row[metric]) for row in rows_of(path) if metric in row]
+            if points:
+                published[path.name] = Curve(f"published, {path.stem}", points, dashed=True)
+    return found + list(published.values())
+
+
+# ---- the report
+
+
+def runs_in(path: Path) -> tuple[list[StoredRun], list[Group]]:
+    """Return the runs and groups that a path stands for: a run, a group, or a study.
+
+    Raises:
+        UsageError: it is none of them.
+    """
+    if (path / "study.json").is_file():
+        document = RunDir(path).read_json("study.json")
+        folders = document.get("variants", {}).values() if isinstance(document, dict) else []
+        groups = [Group.read(path / Path(str(name)).name) for name in folders]
+    elif (path / "group.json").is_file():
+        groups = [Group.read(path)]
+    else:
+        RunDir(path).recipe_path()
+        return [StoredRun(path)], []
+    return [StoredRun(group.folder / f"seed-{seed}") for group in groups for seed in sorted(group.results)], groups
+
+
+def report(runs: Sequence[StoredRun], groups: Sequence[Group], metric: str = METRIC) -> str:
+    """Return a whole HTML document.
+
+    Args:
+        runs: what is shown one by one.
+        groups: what is summed up, each compared with the first.
+        metric: what groups are compared by.
+    """
+    names = _names(runs)
+    title = ", ".join(dict.fromkeys(str(run.recipe.get("name", run.folder.name)) for run in runs)) or "no runs"
+    made = f"{len(runs)} runs; written {datetime.now():%Y-%m-%d %H:%M} by trainkit {__version__}"
+    parts = [tag("h1", text(title)), tag("p", text(made), class_="soft")]
+    if groups:
+        parts += [tag("h2", "Groups"), _groups(groups, metric)]
+    parts += [tag("h2", "Results"), _results(runs, names)]
+    charts = [chart(name, curves_of(runs, names, name)) for name in _metrics(runs)]
+    parts += [tag("h2", "Curves"), *(charts or [tag("p", "no table of epochs")])]
+    if len(runs) > 1:
+        parts += [tag("h2", "What differs"), _differences(runs, names)]
+    for run, name in zip(runs, names, strict=True):
+        pictures = "".join(picture(run.folder / "figures" / each) for each in PICTURES)
+        if pictures:
+            parts.append(
+                tag("details", tag("summary", f"Pictures of {text(name)}"), pictures, open="")
+                if len(runs) == 1
+                else tag("details", tag("summary", f"Pictures of {text(name)}"), pictures)
+            )
+    parts += [tag("h2", "Checked"), _checked(runs, names)]
+    parts += [tag("h2", "What produced them"), *(_made_by(run, name) for run, name in zip(runs, names, strict=True))]
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    head = [
+        '<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        tag("title", text(title)),
+        f"<style>{STYLE}</style>",
+    ]
+    body = [*parts, f"<script>{SCRIPT}</script>"]
+    return f'<!doctype html>\n<html lang="en"><head>{"".join(head)}</head>\n<body>{"".join(body)}</body></html>\n'
+
+
+def _names(runs: Sequence[StoredRun]) -> list[str]:
+    """Return the shortest ends of the runs' paths that tell them apart."""
+    for length in range(1, 12):
+        names = ["/".join(run.folder.absolute().parts[-length:]) for run in runs]
+        if len(set(names)) == len(names):
+            return names
+    return [str(run.folder) for run in runs]
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _metrics(runs: Sequence[StoredRun]) -> list[str]:
+    """Return what has a curve: accuracies first, then losses, then others."""
+    found = dict.fromkeys(
+        name
+        for run in runs
+        for row in rows_of(run.folder / "metrics.csv")
+        for name in row
+        if name not in ("epoch", "step")
+    )
+    return sorted(found, key=lambda name: ("accuracy" not in name, "loss" not in name, name.startswith("train"), name))
+
+
+def _results(runs: Sequence[StoredRun], names: Sequence[str]) -> str:
+    rows = []
+    for run, name in zip(runs, names, strict=True):
+        result, expected = run.result, _mapping(run.result.get("expected"))
+        final, best = _mapping(result.get("final")), _mapping(result.get("best"))
+        reached = {"parameters": result.get("parameters"), **final}
+        shown = dict.fromkeys([*expected, *(key for key in final if key.startswith(("test_", "validation_")))])
+        for metric in shown:
+            found = _mapping(best.get(metric))
+            value = found.get("value")
+            told = f"{number(value)} (epoch {number(found.get('epoch'))})" if _is_number(value) else ""
+            cells = [expected.get(metric), reached.get(metric)]
+            rows.append([name, metric, *(number(cell) if _is_number(cell) else "-" for cell in cells), told])
+    columns = ["run", "metric", "expected", "reached", "best"]
+    note = "Reached is the last epoch's value. The best of many epochs is too good, when the test split chose it."
+    return html_table(columns, rows, columns[2:]) + tag("p", text(note), class_="soft")
+
+
+def _groups(groups: Sequence[Group], metric: str) -> str:
+    first = groups[0].values(metric)
+    rows = []
+    for group in groups:
+        values = group.values(metric)
+        if not values:
+            rows.append([group.name, f"0/{len(group.seeds)}", "-", "-", "-", "-"])
+            continue
+        found = summarize(list(values.values()))
+        interval = f"{found.interval[0]:.2f} to {found.interval[1]:.2f}" if found.interval else "-"
+        against = "-"
+        if group is not groups[0] and first:
+            difference = compare(values, first)
+            against = f"{difference.mean:+.2f}"
+            if difference.interval:
+                against += f" ({difference.interval[0]:+.2f} to {difference.interval[1]:+.2f})"
+        sd = "-" if found.sd is None else f"{found.sd:.2g}"
+        rows.append([group.name, f"{found.n}/{len(group.seeds)}", number(found.mean), sd, interval, against])
+    columns = ["group", "n", "mean", "sd", "95 %", f"beyond {groups[0].name}"]
+    note = f"{metric} of the last epoch; intervals at 95 %, by Student's t, seed by seed where seeds match."
+    return html_table(columns, rows, columns[1:]) + tag("p", text(note), class_="soft")
+
+
+def _differences(runs: Sequence[StoredRun], names: Sequence[str]) -> str:
+    found = provenance.compare(*(run.record() for run in runs))
+    if not found:
+        return tag("p", "nothing")
+    rows = [[difference.key, *(_short(value) for value in difference.values)] for difference in found]
+    return html_table(["", *names], rows)
+
+
+def _short(value: Any) -> str:
+    shown = value if isinstance(value, str) else written(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def _checked(runs: Sequence[StoredRun], names: Sequence[str]) -> str:
+    rows = []
+    for run, name in zip(runs, names, strict=True):
+        ledger = (run.folder / "ledger.jsonl").is_file()
+        rows.append(
+            [name, "there" if ledger else "none", f"trainkit verify {name}" if ledger else "list the plugin ledger"]
+        )
+    note = "A ledger chains hashes of the run's states. This report has not replayed anything: the command does."
+    return html_table(["run", "ledger", "to check it"], rows) + tag("p", text(note), class_="soft")
+
+
+def _made_by(run: StoredRun, name: str) -> str:
+    environment, data = run.environment, _mapping(run.data.get("splits"))
+    plugins = [[p.get("name", ""), p.get("version", ""), written(_mapping(p.get("options")))] for p in run.plugins]
+    packages = _mapping(environment.get("packages"))
+    facts = {
+        "trainkit": _mapping(environment.get("trainkit")).get("version"),
+        "revision": environment.get("revision"),
+        "torch": packages.get("torch"),
+        "Python": environment.get("python"),
+        "CPU": environment.get("processor"),
+        "instructions": written(_mapping(environment.get("instruction_sets"))),
+        "GPU": _mapping(environment.get("gpu")).get("model"),
+        "threads": environment.get("threads"),
+        "images": ", ".join(f"{_mapping(split).get('images', '-')} {key}" for key, split in data.items()),
+    }
+    recipe = run.loaded.to_yaml() if run.loaded else ""
+    return tag(
+        "details",
+        tag("summary", text(name)),
+        html_table(["", ""], [(key, value) for key, value in facts.items() if value not in (None, "")]),
+        html_table(["plugin", "version", "options"], plugins),
+        tag("pre", text(recipe)),
+    )
+
+
+class _Report:
+    """``trainkit runs report``."""
+
+    HELP = "Write one HTML file of runs, groups and studies, which needs no network."
+    EXAMPLES = """\
+examples:
+  trainkit runs report runs/basic_se/20260101-120000-0 -o report.html
+  trainkit runs report runs/paper -o paper.html
+"""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Declare the action's arguments."""
+        parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="of a run, a group or a study")
+        parser.add_argument("--metric", default=METRIC, metavar="NAME", help=f"of groups (default: {METRIC})")
+        parser.add_argument("-o", "--output", metavar="FILE", type=Path, default=Path("report.html"))
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Read the runs and write the file."""
+        runs: dict[Path, StoredRun] = {}
+        groups: dict[Path, Group] = {}
+        for folder in args.folders:
+            some, of = runs_in(folder)
+            runs |= {run.folder: run for run in some}
+            groups |= {group.folder: group for group in of}
+        if not runs:
+            raise UsageError(f"{args.folders[0]}: no run in it is completed")
+        if len(runs) > MAX_RUNS:
+            raise UsageError(f"{len(runs)} runs are more than a page can show; give {MAX_RUNS} at most")
+        try:
+            atomic_write(args.output, report(list(runs.values()), list(groups.values()), args.metric))
+        except OSError as problem:
+            raise UsageError(f"{args.output}: cannot be written: {problem.strerror}") from problem
+        terminal().print(printable(args.output), markup=False, highlight=False, soft_wrap=True)
+        return 0
+
+
+REPORT = _Report
