@@ -48,6 +48,7 @@ class Result:
         non_finite: epochs that ended with weights or metrics that are not finite; none of them is ever the best.
         resumed: where the run was continued, and what was changed then.
         evidence: what plugins add, by plugin.
+        finished: whether nothing is left to train: all epochs, or a plugin has ended the run for good.
         path: the run directory, as given; not part of ``result.json``.
     """
 
@@ -64,6 +65,7 @@ class Result:
     non_finite: list[float] = attrs.field(factory=list)
     resumed: list[dict[str, Any]] = attrs.field(factory=list)
     evidence: dict[str, Any] = attrs.field(factory=dict)
+    finished: bool = False
     path: Path | None = None
 
     def _repr_html_(self) -> str:
@@ -505,6 +507,7 @@ def _result(run: Run, error: BaseException | None) -> Result:
     last = run.history[-1] if run.history else {}
     return Result(
         status="failed" if error is not None else "completed" if _is_complete(run) else "stopped",
+        finished=error is None and run.finished and (_is_complete(run) or run.ended is not None),
         reason=reason,
         epochs=run.epoch,
         steps=run.step,

@@ -25,8 +25,8 @@ from trainkit import __version__, provenance
 from trainkit.cli.output import number, printable, terminal, written
 from trainkit.errors import UsageError
 from trainkit.rundir import RunDir, atomic_write, read_regular
-from trainkit_runs import StoredRun
-from trainkit_studies import Group, compare, summarize
+from trainkit_runs import StoredRun  # type: ignore[import-untyped]
+from trainkit_studies import Group, compare, summarize  # type: ignore[import-untyped]
 
 __all__ = ["REPORT", "Curve", "report"]
 
@@ -52,18 +52,22 @@ p, li { max-width: 46rem; } .soft { color: var(--soft); font-size: .9rem; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { font-weight: 600; } td.n, th.n { text-align: right; white-space: nowrap; }
-code, pre { font: .85rem/1.45 ui-monospace, monospace; } pre { background: var(--card); padding: .8rem; overflow-x: auto; }
+code, pre { font: .85rem/1.45 ui-monospace, monospace; }
+pre { background: var(--card); padding: .8rem; overflow-x: auto; }
 svg { width: 100%; height: auto; max-width: 46rem; display: block; } svg text { fill: var(--soft); font-size: 11px; }
 svg .axis { stroke: var(--line); } svg .curve { fill: none; stroke-width: 2; }
 svg .at { stroke: var(--soft); stroke-dasharray: 3 3; visibility: hidden; }
 figure { margin: 0 0 1.4rem; } figcaption { font-weight: 600; margin-bottom: .3rem; }
-.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .88rem; margin: .3rem 0; }
+.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .3rem 0; }
+.legend li { font-size: .88rem; }
 .legend button { all: unset; cursor: pointer; } .legend button:focus-visible { outline: 2px solid #0072B2; }
 .legend button[aria-pressed=false] { opacity: .35; text-decoration: line-through; }
 .key { display: inline-block; width: 1.1rem; height: .25rem; vertical-align: middle; margin-right: .4rem; }
 .values { min-height: 1.4rem; font-size: .88rem; color: var(--soft); }
 img { max-width: 100%; background: #fff; } details { margin: .5rem 0; } summary { cursor: pointer; }
-@media print { body { max-width: none; font-size: 11pt; } details:not([open]) { display: none; } figure, tr { break-inside: avoid; } }
+@media print {
+  body { max-width: none; font-size: 11pt; } details:not([open]) { display: none; } figure, tr { break-inside: avoid; }
+}
 """
 
 SCRIPT = """

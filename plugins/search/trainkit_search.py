@@ -17,7 +17,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 from attrs import field
@@ -60,7 +60,7 @@ class Space:
     keys: Mapping[str, Any]
 
     @property
-    def direction(self) -> str:
+    def direction(self) -> Literal["minimize", "maximize"]:
         """What is better of the metric."""
         return "minimize" if any(word in self.metric for word in ("loss", "error")) else "maximize"
 
@@ -173,14 +173,14 @@ def _train(trial: optuna.Trial, recipe_path: Path, overrides: Sequence[str], spa
     run = build(recipe, plugins={"pruning": pruning}, console=terminal(stderr=True))
     if run.data.validation is None:
         raise UsageError(
-            f"{recipe_path}: a search chooses by the validation split, and the data have none; list a plugin that holds "
-            "one out of the training images, such as hold_out"
+            f"{recipe_path}: a search chooses by the validation split, and the data have none; list a plugin that "
+            "holds one out of the training images, such as hold_out"
         )
     result = fit(run, folder)
-    if result.status == "stopped":
-        raise KeyboardInterrupt
     if pruning.pruned:
         raise optuna.TrialPruned
+    if not result.finished:  # it was asked to stop
+        raise KeyboardInterrupt
     if space.metric not in result.final:
         near = did_you_mean(space.metric, result.final) or f"; reported are {', '.join(result.final)}"
         raise UsageError(f"metric: no plugin of {recipe_path} reports {space.metric!r}{near}")
@@ -212,10 +212,10 @@ def search(recipe_path: Path, overrides: Sequence[str], space: Space, home: Path
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1),
         load_if_exists=True,
     )
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):  # it was broken off, so its values are tried again
-        study.tell(trial.number, state=TrialState.FAIL)
-        shutil.rmtree(home / f"trial-{trial.number}", ignore_errors=True)
-        study.enqueue_trial(trial.params)
+    for broken in study.get_trials(states=(TrialState.RUNNING,)):  # was broken off, so its values are tried again
+        study.tell(broken.number, state=TrialState.FAIL)
+        shutil.rmtree(home / f"trial-{broken.number}", ignore_errors=True)
+        study.enqueue_trial(broken.params)
     while True:
         ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
         if len(ended) >= space.trials:

@@ -120,7 +120,7 @@ class PlannedRun:
         """Return how far it is: ``completed``, ``started``, which can be resumed, or ``missing``."""
         try:
             result = RunDir(self.folder).read_json("result.json")
-            if isinstance(result, dict) and result.get("status") == "completed":
+            if _is_done(result):
                 return "completed"
         except (TrainkitError, OSError):
             pass
@@ -132,6 +132,11 @@ class PlannedRun:
             return ["resume", str(self.folder), *options]
         seed = f"seed={self.seed}"
         return ["run", str(self.variant.path), *self.variant.overrides, seed, "--run-dir", str(self.folder), *options]
+
+
+def _is_done(result: object) -> bool:
+    """Tell whether nothing is left to train, be it that a plugin has ended the run for good."""
+    return isinstance(result, dict) and (result.get("status") == "completed" or result.get("finished") is True)
 
 
 def plan(home: Path, variants: Sequence[Variant], seeds: Sequence[int]) -> list[PlannedRun]:
@@ -546,7 +551,7 @@ class Group:
                 result = RunDir(folder / f"seed-{seed}").read_json("result.json")
             except TrainkitError:
                 continue
-            if isinstance(result, dict) and result.get("status") == "completed":
+            if _is_done(result):
                 results[seed] = result
         return cls(folder, name, seeds, results)
 

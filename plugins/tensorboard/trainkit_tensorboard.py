@@ -38,10 +38,10 @@ class TensorBoard:
 
         assert run.dir is not None
         beyond = run.step + 1 if run.step else None
-        self._writer = SummaryWriter(str(run.dir.path / FOLDER), purge_step=beyond)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(run.dir.path / FOLDER), purge_step=beyond)
         if beyond is None:
             recipe = "\n".join(f"    {line}" for line in run.recipe.to_yaml().splitlines())  # Markdown's code
-            self._writer.add_text("recipe", recipe, 0)  # type: ignore[no-untyped-call]
+            self._writer.add_text("recipe", recipe, 0)
 
     @hookimpl
     def log(self, run: Run, record: dict[str, float]) -> None:
@@ -50,19 +50,19 @@ class TensorBoard:
             return
         for name, value in record.items():
             if name not in POSITION:
-                self._writer.add_scalar(_tag(run, name), value, int(record["step"]))  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(_tag(run, name), value, int(record["step"]))
 
     @hookimpl
     def epoch_end(self) -> None:
         """Let TensorBoard see the epoch."""
         if self._writer is not None:
-            self._writer.flush()  # type: ignore[no-untyped-call]
+            self._writer.flush()
 
     @hookimpl
     def fit_end(self) -> None:
         """Close the files."""
         if self._writer is not None:
-            self._writer.close()  # type: ignore[no-untyped-call]
+            self._writer.close()
             self._writer = None
 
 

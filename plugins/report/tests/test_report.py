@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from trainkit.cli import main
+from trainkit.cli.output import number
 from trainkit_report import Curve, chart, html_table, tag
 
 RECIPE = """\
@@ -70,7 +71,7 @@ def written(folder, *arguments):
 def test_it_says_what_was_reached_expected_published_and_what_differs(runs, tmp_path):
     text, page = written(tmp_path, runs / "a", runs / "b")
     final = json.loads((runs / "a" / "result.json").read_text())["final"]["test_accuracy"]
-    assert f"{final:.2f}" in page.said
+    assert number(final) in page.said
     assert {"99", "plugins.sgd.lr", "0.05", "published, published"} <= set(page.said)
     assert page.loads == []
     (curves,) = re.findall(r"<figcaption>test_accuracy</figcaption>.*?</figure>", text)

@@ -11,7 +11,7 @@ from trainkit.cli import main
 RECIPE = """\
 name: found
 epochs: 3
-batch_size: 256
+batch_size: 64
 device: cpu
 plugins:
   digits:
@@ -27,7 +27,7 @@ SPACE = """\
 trials: 5
 space:
   plugins.sgd.lr: {low: 1.0e-4, high: 1.0, log: true}
-  batch_size: [128, 256]
+  batch_size: [64, 128]
 """
 
 
@@ -53,7 +53,7 @@ def test_the_best_trial_is_written_as_a_recipe_that_gives_its_value(folder, caps
     assert found["value"] == max(completed)
     recipe = load_recipe("found.best.yaml")
     assert recipe.plugins["sgd"]["lr"] == found["best"]["plugins.sgd.lr"]
-    assert recipe.batch_size in (128, 256)
+    assert recipe.batch_size in (64, 128)
     assert main(["run", "found.best.yaml", "--run-dir", "again"]) == 0
     again = json.loads(Path("again/result.json").read_text())
     assert again["final"]["validation_accuracy"] == found["value"]
