@@ -65,6 +65,7 @@ figure { margin: 0 0 1.4rem; } figcaption { font-weight: 600; margin-bottom: .3r
 .key { display: inline-block; width: 1.1rem; height: .25rem; vertical-align: middle; margin-right: .4rem; }
 .values { min-height: 1.4rem; font-size: .88rem; color: var(--soft); }
 img { max-width: 100%; background: #fff; } details { margin: .5rem 0; } summary { cursor: pointer; }
+@media (max-width: 34rem) { svg text { font-size: 19px; } }
 @media print {
   body { max-width: none; font-size: 11pt; } details:not([open]) { display: none; } figure, tr { break-inside: avoid; }
 }
@@ -159,10 +160,25 @@ class Curve:
     dashed: bool = False
 
 
+def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
+    """Return round numbers between two, about five of them.
+
+    Args:
+        low: the least.
+        high: the greatest.
+        whole: whether they are whole numbers.
+    """
+    rough = (high - low) / TICKS or 1.0
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    step = max(1.0, step) if whole else step
+    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
 def chart(title: str, curves: Sequence[Curve]) -> str:
     """Return a chart as SVG, with a legend that shows and hides curves and tells values under the pointer."""
     curves = [curve for curve in curves if curve.points]
-    if not curves:
+    if not any(len(curve.points) > 1 for curve in curves):  # one value is in the table
         return ""
     xs = [x for curve in curves for x, _ in curve.points]
     ys = sorted(y for curve in curves for _, y in curve.points)
@@ -178,12 +194,11 @@ def chart(title: str, curves: Sequence[Curve]) -> str:
         return min(max(TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM), TOP), HEIGHT - BOTTOM)
 
     parts = []
-    for n in range(TICKS):
-        y, x = low + n * (high - low) / (TICKS - 1), x0 + n * (x1 - x0) / (TICKS - 1)
+    for y in ticks(low, high):
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down(y):.1f}" y2="{down(y):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
-        if x1 > x0 or n == 0:
-            parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - 14}" text-anchor="middle">{x:.3g}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{y:.6g}</text>')
+    for x in ticks(x0, x1, whole=True):
+        parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - 16}" text-anchor="middle">{x:g}</text>')
     legend = []
     for n, curve in enumerate(curves):
         colour = COLOURS[n % len(COLOURS)]
@@ -264,7 +279,8 @@ def report(runs: Sequence[StoredRun], groups: Sequence[Group], metric: str = MET
     """
     names = _names(runs)
     title = ", ".join(dict.fromkeys(str(run.recipe.get("name", run.folder.name)) for run in runs)) or "no runs"
-    made = f"{len(runs)} runs; written {datetime.now():%Y-%m-%d %H:%M} by trainkit {__version__}"
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    made = f"{count}; written {datetime.now():%Y-%m-%d %H:%M} by trainkit {__version__}"
     parts = [tag("h1", text(title)), tag("p", text(made), class_="soft")]
     if groups:
         parts += [tag("h2", "Groups"), _groups(groups, metric)]

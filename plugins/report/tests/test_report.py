@@ -8,7 +8,7 @@ import pytest
 
 from trainkit.cli import main
 from trainkit.cli.output import number
-from trainkit_report import Curve, chart, html_table, tag
+from trainkit_report import Curve, chart, html_table, tag, ticks
 
 RECIPE = """\
 name: told
@@ -128,7 +128,11 @@ def test_what_is_no_run_is_refused(tmp_path, capsys, name):
 
 def test_curves_of_one_point_or_none_are_drawn():
     assert chart("loss", [Curve("a", [])]) == ""
-    assert chart("loss", [Curve("a", [(1.0, 0.0)])]).count("<path") == 1
+    assert chart("loss", [Curve("a", [(1.0, 0.0)])]) == ""  # which the table tells
+    assert chart("loss", [Curve("a", [(1.0, 0.5), (2.0, 0.5)])]).count("<path") == 1
+    assert ticks(0.0, 1.0) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(1, 200, whole=True) == [50, 100, 150, 200]
+    assert ticks(1, 3, whole=True) == [1, 2, 3]
     assert tag("p", class_="<&>") == '<p class="&lt;&amp;&gt;"></p>'
     assert "<td>&lt;b&gt;</td>" in html_table(["x"], [["<b>"]])
 
