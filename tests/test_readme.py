@@ -67,7 +67,7 @@ def test_commands_are_understood(readme, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert cli.main(words) == 0
     (args,) = understood
-    if hasattr(args, "recipe") and args.recipe != "photos.yaml":  # which the command before it writes
+    if hasattr(args, "recipe") and str(args.recipe) != "photos.yaml":  # which the command before it writes
         recipe = load_recipe(args.recipe, args.overrides)
         for name, found in find(recipe).items():
             make_options(recipe, name, found.load())
