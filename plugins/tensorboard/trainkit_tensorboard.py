@@ -34,7 +34,8 @@ class TensorBoard:
     @hookimpl
     def fit_start(self, run: Run) -> None:
         """Open the files of this session, in the run directory."""
-        from torch.utils.tensorboard import SummaryWriter  # imported here, because that is slow
+        import tensorboard  # noqa: F401  # what torch's writer is made of; imported here, because that is slow
+        from torch.utils.tensorboard import SummaryWriter
 
         assert run.dir is not None
         beyond = run.step + 1 if run.step else None
