@@ -83,38 +83,59 @@ def _program(network: nn.Module, shape: tuple[int, int, int]) -> Any:
 
     example = torch.zeros(2, *shape, dtype=torch.uint8)
     sizes = {"images": {0: torch.export.Dim("images", min=1)}}
+    with _explained("torch.export cannot capture the network"):
+        program = torch.export.export(network, (example,), dynamic_shapes=sizes)
+    # torch notes at each operation where its code lies on this machine; the file goes to others.
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
+    return program
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Make one clear error of whatever a library raises: exporters and runtimes have many kinds.
+
+    Raises:
+        RunError: the block failed.
+    """
     try:
-        return torch.export.export(network, (example,), dynamic_shapes=sizes)
-    except Exception as problem:  # what a network does that cannot be captured raises many kinds
+        yield
+    except Exception as problem:
         said = " ".join(str(problem).split())[:300]
-        raise RunError(f"torch.export cannot capture the network: {type(problem).__name__}: {said}") from problem
+        raise RunError(f"{what}: {type(problem).__name__}: {said}") from problem
 
 
 def export_torch(network: nn.Module, shape: tuple[int, int, int], facts: Mapping[str, Any], path: Path) -> None:
     """Write a torch.export archive; `facts` are in it as ``trainkit.json``."""
     import torch
 
-    torch.export.save(_program(network, shape), path, extra_files={"trainkit.json": json.dumps(facts)})
+    program = _program(network, shape)
+    with _explained("torch.export cannot write the network"):
+        torch.export.save(program, path, extra_files={"trainkit.json": json.dumps(facts)})
 
 
 def export_onnx(network: nn.Module, shape: tuple[int, int, int], facts: Mapping[str, Any], path: Path) -> None:
     """Write an ONNX model; its metadata hold `facts`, as JSON under ``trainkit``, and class names under ``classes``."""
     import onnx
-    import onnxscript  # noqa: F401  # what torch's exporter is made of; where it is missing, that is said here
     import torch
 
-    with _quiet():
+    program = _program(network, shape)
+    with _quiet(), _explained("torch.onnx cannot export the network"):
         made: Any = torch.onnx.export(
-            _program(network, shape), dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
+            program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
         )
-    model = made.model_proto
-    for key, value in (("trainkit", json.dumps(facts)), ("classes", json.dumps(facts["classes"]))):
-        entry = model.metadata_props.add()
-        entry.key, entry.value = key, value
-    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "images"
-    model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "images"
-    onnx.checker.check_model(model)
-    onnx.save(model, path)
+        model = made.model_proto
+        for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
+            del node.metadata_props[:]  # the exporter's notes, as large as a small network's weights
+        for key, value in (("trainkit", json.dumps(facts)), ("classes", json.dumps(facts["classes"]))):
+            entry = model.metadata_props.add()
+            entry.key, entry.value = key, value
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "images"
+        model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "images"
+        onnx.checker.check_model(model)
+        onnx.save(model, path)
 
 
 def quantize(path: Path, target: Path, calibration: NDArray[np.uint8]) -> None:
@@ -136,7 +157,7 @@ def quantize(path: Path, target: Path, calibration: NDArray[np.uint8]) -> None:
             images = next(self.waiting, None)
             return None if images is None else {"images": images}
 
-    with _quiet():
+    with _quiet(), _explained("onnxruntime cannot quantize the network; export it without --quantize"):
         quantization.quantize_static(
             str(path),
             str(target),
@@ -147,7 +168,7 @@ def quantize(path: Path, target: Path, calibration: NDArray[np.uint8]) -> None:
             weight_type=quantization.QuantType.QInt8,
             activation_type=quantization.QuantType.QUInt8,
         )
-    onnx.checker.check_model(str(target))
+        onnx.checker.check_model(str(target))
 
 
 @contextmanager
@@ -178,24 +199,25 @@ def run_file(path: Path, form: str, images: Tensor, model: LoadedModel) -> Tenso
     """
     import torch
 
-    if form == "onnx":
-        import onnxruntime
+    with _explained("the file that was made cannot be run"):
+        if form == "onnx":
+            import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        outputs = [session.run(None, {"images": part.numpy()})[0] for part in _parts(images)]
-        return torch.from_numpy(np.concatenate(outputs))
-    network: Any
-    if form == "torch-export":
-        network = torch.export.load(path).module()
-    else:
-        from trainkit.inference import read_safetensors
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            outputs = [session.run(None, {"images": part.numpy()})[0] for part in _parts(images)]
+            return torch.from_numpy(np.concatenate(outputs))
+        network: Any
+        if form == "torch-export":
+            network = torch.export.load(path).module()
+        else:
+            from trainkit.inference import read_safetensors
 
-        model.model.load_state_dict(read_safetensors(path)[0])
-        network = deployable(model)
-    with torch.no_grad():
-        return torch.cat([network(part) for part in _parts(images)])
+            model.model.load_state_dict(read_safetensors(path)[0])
+            network = deployable(model)
+        with torch.no_grad():
+            return torch.cat([network(part) for part in _parts(images)])
 
 
 # ---- what is found of a file

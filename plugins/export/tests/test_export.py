@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -85,6 +86,15 @@ def test_onnxruntime_gives_the_runs_outputs_for_any_number_of_images(exported, r
 def test_torch_gives_the_runs_outputs_from_its_archive(exported, run_dir):
     network = torch.export.load(exported[0] / "shared.pt2").module()
     np.testing.assert_allclose(network(IMAGES[:5]).detach().numpy(), outputs_of(run_dir, IMAGES[:5]), atol=1e-4)
+
+
+def test_no_file_tells_where_it_was_made(exported):
+    """Torch notes at each operation where its code lies, and the exporters write that down."""
+    folder, _ = exported
+    places = (str(Path(torch.__file__).parent), str(Path(trainkit_export.__file__).parent), str(folder))
+    contents = {path: path.read_bytes() for path in folder.iterdir()}
+    assert len(contents) == 8
+    assert [path for path, content in contents.items() if any(place.encode() in content for place in places)] == []
 
 
 def test_the_weights_are_those_that_were_evaluated(exported, run_dir):
