@@ -124,6 +124,7 @@ def export_torch(network: nn.Module, shape: tuple[int, int, int], facts: Mapping
 def export_onnx(network: nn.Module, shape: tuple[int, int, int], facts: Mapping[str, Any], path: Path) -> None:
     """Write an ONNX model; its metadata hold `facts`, as JSON under ``trainkit``, and class names under ``classes``."""
     import onnx
+    import onnxscript  # noqa: F401  # what torch's exporter is made of
     import torch
 
     program = _program(network, shape)
