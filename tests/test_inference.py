@@ -1,6 +1,7 @@
 """A network in use, on images that are not those of its data set."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from PIL import Image
 
 from trainkit import build, load_model, load_recipe
 from trainkit.cli import main
+from trainkit.rundir import RunDir, pack_state
 
 from .conftest import SMALL
 
@@ -37,6 +39,23 @@ def test_images_in_folders_of_classes_are_counted_without_the_data_set(trained, 
     assert found["confusion_matrix"] == expected.tolist()
     assert main(["evaluate", str(run_dir), "--images", str(new), "--per-class"]) == 0
     assert "else mostly taken for" in capsys.readouterr().out
+
+
+def test_its_metrics_are_those_of_the_epoch_whose_weights_it_has(trained):
+    result = json.loads((trained[0] / "result.json").read_text())
+    best = load_model(trained[0])
+    assert best.metrics["test_accuracy"] == result["best"]["test_accuracy"]["value"]
+    assert best.epoch == result["best"]["test_accuracy"]["epoch"]
+    assert load_model(trained[0], "last").metrics == result["final"]
+
+
+def test_weights_that_were_saved_within_an_epoch_have_no_metrics(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    directory = RunDir(tmp_path / "run")
+    state = directory.load_state("last")
+    state["position"]["step"] += 1
+    directory.write("checkpoints/last.pt", pack_state(state))
+    assert load_model(tmp_path / "run", "last").metrics == {}
 
 
 def test_an_image_that_cannot_be_read_is_named_and_the_others_are_counted(trained, tmp_path, capsys):

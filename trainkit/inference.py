@@ -60,6 +60,7 @@ class LoadedModel:
         shape: channels, height and width of images before the transforms.
         resize: how image files come to that shape; see :class:`trainkit.Data`.
         epoch: epochs that were completed when it was saved.
+        metrics: what was measured of it then, by name; empty where it was saved within an epoch.
         recipe: the name of its recipe.
         run: the parts of the run that map images to outputs: transforms, contexts, device.
     """
@@ -70,6 +71,7 @@ class LoadedModel:
     shape: tuple[int, int, int]
     resize: Size
     epoch: int
+    metrics: dict[str, float]
     recipe: str
     run: Run
 
@@ -185,6 +187,7 @@ def load_model(
     try:
         run.model.load_state_dict(state["model"])
         epoch = int(state["position"]["epoch"])
+        metrics = _metrics(state)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         said = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{directory.path}: checkpoint {checkpoint!r} is not of its recipe: {said}") from error
@@ -195,6 +198,7 @@ def load_model(
         shape=data.shape,
         resize=data.file_size,
         epoch=epoch,
+        metrics=metrics,
         recipe=recipe.name,
         run=run,
     )
@@ -228,9 +232,20 @@ def _stored(path: Path) -> dict[str, Any]:
     """
     model, metadata = read_safetensors(path)
     try:
-        return {"model": model, "position": {"epoch": json.loads(metadata["trainkit"])["epoch"]}}
+        told = json.loads(metadata["trainkit"])
+        position = {"epoch": told["epoch"], "step": told.get("step")}
+        return {"model": model, "position": position, "history": [told.get("metrics", {})]}
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a network that trainkit stored: {error!r}") from error
+
+
+def _metrics(state: Mapping[str, Any]) -> dict[str, float]:
+    """Return the record of the epoch that ended where a state was saved; empty where none did."""
+    history = state.get("history")
+    last = history[-1] if history else {}
+    if "step" not in last or last["step"] != state["position"]["step"]:
+        return {}
+    return {str(name): float(value) for name, value in last.items() if name not in ("epoch", "step")}
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

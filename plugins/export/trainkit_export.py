@@ -11,12 +11,14 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -24,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainkit import numerics
+from trainkit.cli.evaluate import data_root
 from trainkit.cli.output import add_allow_local, number, print_json, printable, table, terminal
 from trainkit.errors import DataError, RunError, TrainkitError, UsageError
 from trainkit.images import find_images
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
     from trainkit import LoadedModel
     from trainkit.data import Data, Split
+    from trainkit.recipe import Recipe
 
 __all__ = ["EXPORT", "Check", "Stored", "check", "export_onnx", "export_torch", "model_card", "quantize", "stored"]
 
@@ -45,6 +49,7 @@ TOLERANCE = 1e-3  # of the largest output: float32 sums in another order differ 
 AGREEMENT = 0.9  # of the classes that a quantized network must share with the one that it is made of
 LARGEST = 1 << 40  # bytes of a file
 CLASSES = 50  # that a model card names
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch-export": (), "safetensors": ("safetensors",)}
 COUNTED = 512  # bytes from which on a tensor's copies are counted; scales of normalizations may be equal by chance
 
 
@@ -83,38 +88,60 @@ def _program(network: nn.Module, shape: tuple[int, int, int]) -> Any:
 
     example = torch.zeros(2, *shape, dtype=torch.uint8)
     sizes = {"images": {0: torch.export.Dim("images", min=1)}}
+    with _explained("torch.export cannot capture the network"):
+        program = torch.export.export(network, (example,), dynamic_shapes=sizes)
+    # torch notes at each operation where its code lies on this machine; the file goes to others.
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
+    return program
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Make one clear error of whatever a library raises: exporters and runtimes have many kinds.
+
+    Raises:
+        RunError: the block failed.
+    """
     try:
-        return torch.export.export(network, (example,), dynamic_shapes=sizes)
-    except Exception as problem:  # what a network does that cannot be captured raises many kinds
+        yield
+    except Exception as problem:
         said = " ".join(str(problem).split())[:300]
-        raise RunError(f"torch.export cannot capture the network: {type(problem).__name__}: {said}") from problem
+        raise RunError(f"{what}: {type(problem).__name__}: {said}") from problem
 
 
 def export_torch(network: nn.Module, shape: tuple[int, int, int], facts: Mapping[str, Any], path: Path) -> None:
     """Write a torch.export archive; `facts` are in it as ``trainkit.json``."""
     import torch
 
-    torch.export.save(_program(network, shape), path, extra_files={"trainkit.json": json.dumps(facts)})
+    program = _program(network, shape)
+    with _explained("torch.export cannot write the network"):
+        torch.export.save(program, path, extra_files={"trainkit.json": json.dumps(facts)})
 
 
 def export_onnx(network: nn.Module, shape: tuple[int, int, int], facts: Mapping[str, Any], path: Path) -> None:
     """Write an ONNX model; its metadata hold `facts`, as JSON under ``trainkit``, and class names under ``classes``."""
     import onnx
-    import onnxscript  # noqa: F401  # what torch's exporter is made of; where it is missing, that is said here
+    import onnxscript  # noqa: F401  # what torch's exporter is made of
     import torch
 
-    with _quiet():
+    program = _program(network, shape)
+    with _quiet(), _explained("torch.onnx cannot export the network"):
         made: Any = torch.onnx.export(
-            _program(network, shape), dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
+            program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
         )
-    model = made.model_proto
-    for key, value in (("trainkit", json.dumps(facts)), ("classes", json.dumps(facts["classes"]))):
-        entry = model.metadata_props.add()
-        entry.key, entry.value = key, value
-    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "images"
-    model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "images"
-    onnx.checker.check_model(model)
-    onnx.save(model, path)
+        model = made.model_proto
+        for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
+            del node.metadata_props[:]  # the exporter's notes, as large as a small network's weights
+        for key, value in (("trainkit", json.dumps(facts)), ("classes", json.dumps(facts["classes"]))):
+            entry = model.metadata_props.add()
+            entry.key, entry.value = key, value
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "images"
+        model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "images"
+        onnx.checker.check_model(model)
+        onnx.save(model, path)
 
 
 def quantize(path: Path, target: Path, calibration: NDArray[np.uint8]) -> None:
@@ -136,7 +163,7 @@ def quantize(path: Path, target: Path, calibration: NDArray[np.uint8]) -> None:
             images = next(self.waiting, None)
             return None if images is None else {"images": images}
 
-    with _quiet():
+    with _quiet(), _explained("onnxruntime cannot quantize the network; export it without --quantize"):
         quantization.quantize_static(
             str(path),
             str(target),
@@ -147,7 +174,7 @@ def quantize(path: Path, target: Path, calibration: NDArray[np.uint8]) -> None:
             weight_type=quantization.QuantType.QInt8,
             activation_type=quantization.QuantType.QUInt8,
         )
-    onnx.checker.check_model(str(target))
+        onnx.checker.check_model(str(target))
 
 
 @contextmanager
@@ -178,24 +205,25 @@ def run_file(path: Path, form: str, images: Tensor, model: LoadedModel) -> Tenso
     """
     import torch
 
-    if form == "onnx":
-        import onnxruntime
+    with _explained("the file that was made cannot be run"):
+        if form == "onnx":
+            import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        outputs = [session.run(None, {"images": part.numpy()})[0] for part in _parts(images)]
-        return torch.from_numpy(np.concatenate(outputs))
-    network: Any
-    if form == "torch-export":
-        network = torch.export.load(path).module()
-    else:
-        from trainkit.inference import read_safetensors
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            outputs = [session.run(None, {"images": part.numpy()})[0] for part in _parts(images)]
+            return torch.from_numpy(np.concatenate(outputs))
+        network: Any
+        if form == "torch-export":
+            network = torch.export.load(path).module()
+        else:
+            from trainkit.inference import read_safetensors
 
-        model.model.load_state_dict(read_safetensors(path)[0])
-        network = deployable(model)
-    with torch.no_grad():
-        return torch.cat([network(part) for part in _parts(images)])
+            model.model.load_state_dict(read_safetensors(path)[0])
+            network = deployable(model)
+        with torch.no_grad():
+            return torch.cat([network(part) for part in _parts(images)])
 
 
 # ---- what is found of a file
@@ -289,6 +317,7 @@ class Exported:
         quantized: whether it computes with int8.
         check: how it compares with the run's network.
         stored: what it stores.
+        unquantized: bytes of the float32 file that a quantized one is made of; None for others.
     """
 
     path: Path
@@ -296,6 +325,7 @@ class Exported:
     quantized: bool
     check: Check
     stored: Stored
+    unquantized: int | None = None
 
 
 def check(outputs: Tensor, expected: Tensor, evaluated: Tensor, targets: Tensor | None, source: str) -> Check:
@@ -355,16 +385,27 @@ def _from_files(model: LoadedModel, paths: list[Path]) -> Tensor:
     return torch.stack([model.read(name) for name in names[:IMAGES]])
 
 
-def _open_data(run_dir: RunDir, overrides: list[str], console: Console) -> Data:
+def _open_data(run_dir: RunDir, overrides: list[str], model: LoadedModel, console: Console) -> Data:
+    """Open the run's data set.
+
+    Raises:
+        UsageError: it cannot be opened, or is another one.
+    """
     from trainkit.build import build
 
     try:
-        return build(load_recipe(run_dir.recipe_path(), overrides), console=console, dry=True).data
+        data = build(load_recipe(run_dir.recipe_path(), overrides), console=console, dry=True).data
     except TrainkitError as problem:
         raise UsageError(
             f"the run's data set cannot be opened, and the file is checked on real images: {problem}; give others "
-            "with --images, or say where the data lie, plugins.NAME.root=DIR"
+            "with --images, or say with --data where the data lie"
         ) from problem
+    if (data.classes, data.shape) != (model.classes, model.shape):
+        raise UsageError(
+            "the data set that was opened has other classes or another shape than the one that the network was "
+            "trained on, so nothing can be compared; say with --data where that one lies, or give images with --images"
+        )
+    return data
 
 
 # ---- the model card
@@ -375,12 +416,11 @@ import json
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
-session = onnxruntime.InferenceSession("{file}")
+session = onnxruntime.InferenceSession({file})
 classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
-image = Image.open("{image}").convert("{mode}").resize(({width}, {height}))
-array = np.asarray(image, np.uint8).reshape({height}, {width}, {channels}).transpose(2, 0, 1)
+{image}array = np.array(image, np.uint8).reshape({height}, {width}, {channels}).transpose(2, 0, 1)
 (logits,) = session.run(None, {{"images": array[None]}})
 print(classes[int(logits[0].argmax())])
 """,
@@ -389,13 +429,12 @@ import json
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 facts = {{"trainkit.json": ""}}
-network = torch.export.load("{file}", extra_files=facts).module()
+network = torch.export.load({file}, extra_files=facts).module()
 classes = json.loads(facts["trainkit.json"])["classes"]
-image = Image.open("{image}").convert("{mode}").resize(({width}, {height}))
-array = np.array(image, np.uint8).reshape({height}, {width}, {channels}).transpose(2, 0, 1).copy()
+{image}array = np.array(image, np.uint8).reshape({height}, {width}, {channels}).transpose(2, 0, 1)
 with torch.no_grad():
     logits = network(torch.from_numpy(array)[None])
 print(classes[int(logits[0].argmax())])
@@ -405,7 +444,7 @@ import json
 
 from safetensors import safe_open
 
-with safe_open("{file}", "pt") as file:
+with safe_open({file}, "pt") as file:
     metadata = file.metadata()
     weights = {{name: file.get_tensor(name) for name in file.keys()}}
 weights |= {{name: weights[kept] for name, kept in json.loads(metadata["shared"]).items()}}
@@ -415,18 +454,44 @@ print(len(weights), "tensors;", len(facts["classes"]), "classes")
 }
 
 
-def model_card(run_dir: RunDir, model: LoadedModel, exported: Exported) -> str:
+#: How a snippet brings an image to size, as :func:`trainkit.images.resize_and_crop` does.
+OPENED = 'image = ImageOps.exif_transpose(Image.open("image.png")).convert("{mode}")\n'
+RESIZED = "image = image.resize(({width}, {height}), Image.Resampling.BILINEAR)\n"
+CROPPED = """\
+size, shorter = {size}, min(image.size)
+image = image.resize([int(size * side / shorter) for side in image.size], Image.Resampling.BILINEAR)
+left, top = [round((side - size) / 2) for side in image.size]
+image = image.crop((left, top, left + size, top + size))
+"""
+
+
+def measured_of(run_dir: RunDir, model: LoadedModel, checkpoint: str) -> dict[str, float]:
+    """Return what was measured of the weights that are exported.
+
+    With a validation split the test split is evaluated at the run's end, on the weights of ``best``.
+    """
+    splits = _mapping(_json(run_dir, "data.json").get("splits"))
+    final = _numbers(_json(run_dir, "result.json").get("final"))
+    tested = {name: value for name, value in final.items() if name.startswith("test_")}
+    return {**model.metrics, **(tested if checkpoint == "best" and "validation" in splits else {})}
+
+
+def model_card(run_dir: RunDir, model: LoadedModel, measured: Mapping[str, float], exported: Exported) -> str:
     """Return a description of an exported network for whoever gets it, in Markdown.
 
     Every text that comes from a recipe, a data set or a name is written so that Markdown shows it and obeys none of it.
     """
     recipe, checked, kept, form = model.run.recipe, exported.check, exported.stored, exported.form
-    result, recorded = _json(run_dir, "result.json"), _json(run_dir, "data.json")
-    splits = {name: split for name, split in _mapping(recorded.get("splits")).items() if isinstance(split, dict)}
+    splits = {
+        name: split
+        for name, split in _mapping(_json(run_dir, "data.json").get("splits")).items()
+        if isinstance(split, dict)
+    }
     channels, height, width = model.shape
     classes = ", ".join(map(_text, model.classes[:CLASSES])) + (", ..." if len(model.classes) > CLASSES else "")
     facts = {
-        "file": f"{_text(exported.path.name)}, {form}{', int8' if exported.quantized else ''}, {kept.file:,} bytes",
+        "file": f"{_text(exported.path.name)}, {form}{', int8' if exported.quantized else ''}, {kept.file:,} bytes"
+        + (f" ({exported.unquantized:,} before int8)" if exported.unquantized else ""),
         "takes": f"images, uint8 `[N, {channels}, {height}, {width}]`; normalization is inside",
         "gives": "logits, float32 `[N, classes]`",
         "classes": f"{len(model.classes)}: {classes}",
@@ -444,14 +509,10 @@ def model_card(run_dir: RunDir, model: LoadedModel, exported: Exported) -> str:
     )
     if checked.accuracy is not None:
         compared += " Accuracy on them: {:.2f} % from the file, {:.2f} % from the run.".format(*checked.accuracy)
-    snippet = LOADING[form].format(
-        file=exported.path.name,
-        image="image.png",
-        mode="L" if channels == 1 else "RGB",
-        width=width,
-        height=height,
-        channels=channels,
-    )
+    places = {"size": model.resize, "mode": "L" if channels == 1 else "RGB"}
+    places |= {"channels": channels, "height": height, "width": width}
+    sized = OPENED + (CROPPED if isinstance(model.resize, int) else RESIZED)
+    snippet = LOADING[form].format(file=ascii(exported.path.name), image=sized.format(**places), **places)
     limits = (
         "It knows the classes above and no others: every image gets one of them. Probabilities (softmax of the logits) "
         "are not calibrated. It was not tested on images of other sources than those above."
@@ -466,7 +527,7 @@ def model_card(run_dir: RunDir, model: LoadedModel, exported: Exported) -> str:
         f"Source: {_text(recipe.source)}" if recipe.source else "",
         _table(["", ""], facts.items()),
         "## Result",
-        _table(["last epoch", "reached"], ((_text(n), number(v)) for n, v in _numbers(result.get("final")).items())),
+        _table([f"epoch {model.epoch}", "measured"], ((_text(n), number(v)) for n, v in measured.items())),
         _table(["", "expected"], ((_text(n), number(v)) for n, v in recipe.expect.items())) if recipe.expect else "",
         compared,
         "## Data",
@@ -478,7 +539,7 @@ def model_card(run_dir: RunDir, model: LoadedModel, exported: Exported) -> str:
         "## Load it",
         _fenced(snippet, "python"),
         "## What it was made with",
-        _fenced(recipe.to_yaml(), "yaml"),
+        _fenced(_without_places(recipe).to_yaml(), "yaml"),
         _table(["", ""], ((name, _text(v)) for name, v in _environment(_json(run_dir, "environment.json")).items())),
         "## Limits",
         limits,
@@ -495,6 +556,22 @@ def _text(value: object) -> str:
     """Return text that Markdown shows as it is, on one line."""
     line = " ".join(printable(value).split())
     return "".join(f"\\{letter}" if letter in r"\`*_[]<>|~$&#!" else letter for letter in line)
+
+
+def _without_places(recipe: Recipe) -> Recipe:
+    """Return a recipe in which a file or folder that is given by its absolute path has its name alone."""
+
+    def shortened(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: shortened(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [shortened(inner) for inner in value]
+        for kind in (PurePosixPath, PureWindowsPath):
+            if isinstance(value, str) and (kind(value).is_absolute() or value.startswith("~")):
+                return kind(value).name
+        return value
+
+    return attrs.evolve(recipe, plugins=shortened(recipe.plugins))
 
 
 def _fenced(text: str, language: str) -> str:
@@ -551,7 +628,8 @@ examples:
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Declare the command's arguments."""
         parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the directory of a run")
-        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe: where the data lie")
+        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace one value of its recipe")
+        parser.add_argument("--data", metavar="ROOT", help="where the data lie, their plugin's option root")
         parser.add_argument("--format", choices=list(FORMATS), default="onnx", help="default: onnx")
         parser.add_argument("--quantize", action="store_true", help="int8 weights and activations; onnx alone")
         parser.add_argument("--checkpoint", default="best", metavar="NAME", help="best (default) or last")
@@ -568,8 +646,14 @@ examples:
         form: Literal["onnx", "torch-export", "safetensors"] = args.format
         if args.quantize and form != "onnx":
             raise UsageError(f"--quantize: int8 is offered for onnx, and not for {form}")
+        if missing := [name for name in PACKAGES[form] if find_spec(name) is None]:
+            raise UsageError(f"--format {form}: packages are missing: `pip install {' '.join(missing)}`")
         run_dir = RunDir(args.run_dir)
-        numerics.prepare(load_recipe(run_dir.recipe_path(), args.overrides))
+        path = run_dir.recipe_path()
+        overrides: list[str] = list(args.overrides)
+        if args.data is not None:
+            overrides.append(data_root(load_recipe(path, overrides), args.data))
+        numerics.prepare(load_recipe(path, overrides))
         from trainkit.inference import load_model
 
         console = terminal(stderr=args.json)
@@ -579,17 +663,19 @@ examples:
         output: Path = args.output or Path(f"{model.recipe}{FORMATS[form]}")
         if output.suffix != FORMATS[form]:
             raise UsageError(f"{output}: the name of a file of this format ends in {FORMATS[form]}")
+        if output.resolve().is_relative_to(run_dir.path.resolve()):
+            raise UsageError(f"{output}: lies in the run's directory, which stays as the run left it; write elsewhere")
         network = deployable(model)
-        images = _images(args, run_dir, model, console)
+        images = _images(args.images, run_dir, overrides, model, console)
+        measured = measured_of(run_dir, model, args.checkpoint)
+        facts = _facts(run_dir, model, measured)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"network{FORMATS[form]}"
-            exported = attrs.evolve(_export(run_dir, model, network, images, (path, form, args.quantize)), path=output)
+            what = (path, form, args.quantize)
+            exported = attrs.evolve(_export(model, network, facts, images, what), path=output)
             card = output.with_name(f"{output.name}.md")
-            try:
-                atomic_write(output, read_regular(path, LARGEST))
-                atomic_write(card, model_card(run_dir, model, exported))
-            except OSError as problem:
-                raise UsageError(f"{output}: cannot be written: {problem.strerror}") from problem
+            text = model_card(run_dir, model, measured, exported)
+            _write(output, read_regular(path, LARGEST), card, text)
         if args.json:
             print_json({**attrs.asdict(exported), "path": str(output), "card": str(card)})
             return 0
@@ -604,11 +690,28 @@ examples:
                 ("accuracy on these", "{:.2f} % from the file, {:.2f} % from the run".format(*checked.accuracy))
             )
         rows.append(("stored", f"{kept.file:,} bytes, {kept.tensors:,} of tensors; the network has {kept.network:,}"))
+        if exported.unquantized is not None:
+            rows.append(("before int8", f"{exported.unquantized:,} bytes"))
         rows.append(("shared kernels", kept.sentence()))
         console.print(table(["export", ""], rows))
         for each in (output, card):
             console.print(printable(each), markup=False, highlight=False, soft_wrap=True)
         return 0
+
+
+def _write(output: Path, content: bytes, card: Path, text: str) -> None:
+    """Write a file and its model card, or neither.
+
+    Raises:
+        UsageError: one of them cannot be written.
+    """
+    for path, data in ((output, content), (card, text)):
+        try:
+            atomic_write(path, data)
+        except OSError as problem:
+            if path is card:
+                output.unlink()
+            raise UsageError(f"{path}: cannot be written: {problem.strerror}") from problem
 
 
 @attrs.frozen
@@ -630,28 +733,47 @@ class Images:
     evaluated: Tensor
 
 
-def _images(args: argparse.Namespace, run_dir: RunDir, model: LoadedModel, console: Console) -> Images:
-    targets: Tensor | None = None
-    if args.images:
-        images = calibration = _from_files(model, args.images)
-        source = ", ".join(path.name for path in args.images)
-    else:
-        data = _open_data(run_dir, args.overrides, console)
-        images, targets = _of_split(data.test, IMAGES)
-        calibration, _ = _of_split(data.train, IMAGES)
-        source = "of the test split"
-    return Images(images, targets, calibration, source, model.outputs(images))
+def _images(
+    paths: list[Path] | None, run_dir: RunDir, overrides: list[str], model: LoadedModel, console: Console
+) -> Images:
+    if paths:
+        images = _from_files(model, paths)
+        return Images(images, None, images, ", ".join(path.name for path in paths), model.outputs(images))
+    data = _open_data(run_dir, overrides, model, console)
+    images, targets = _of_split(data.test, IMAGES)
+    calibration, _ = _of_split(data.train, IMAGES)
+    return Images(images, targets, calibration, _described(data.test, run_dir), model.outputs(images))
+
+
+def _described(test: Split, run_dir: RunDir) -> str:
+    """Return which images these are: those that the run was tested on, or others."""
+    from trainkit.provenance import fingerprint
+
+    recorded = _mapping(_mapping(_json(run_dir, "data.json").get("splits")).get("test")).get("content")
+    return "of the test split" if fingerprint(test) == recorded else "of a test split that is not the run's own"
+
+
+def _facts(run_dir: RunDir, model: LoadedModel, measured: Mapping[str, float]) -> dict[str, Any]:
+    """Return what a file says of its network, as JSON can hold it: without NaN and infinity."""
+    return {
+        "recipe": model.recipe,
+        "epoch": model.epoch,
+        "classes": list(model.classes),
+        "shape": list(model.shape),
+        "metrics": {name: value if math.isfinite(value) else None for name, value in measured.items()},
+        "data": {name: value for name, value in _json(run_dir, "data.json").items() if name != "splits"},
+    }
 
 
 def _export(
-    run_dir: RunDir, model: LoadedModel, network: nn.Module, of: Images, what: tuple[Path, str, bool]
+    model: LoadedModel, network: nn.Module, facts: dict[str, Any], of: Images, what: tuple[Path, str, bool]
 ) -> Exported:
     """Write a file and compare it with the network.
 
     Args:
-        run_dir: the run's directory.
         model: the run's network.
         network: from :func:`deployable`.
+        facts: what the file says of it.
         of: the images that it is checked on.
         what: the file, its format, and whether to quantize.
     """
@@ -660,8 +782,6 @@ def _export(
     from trainkit.inference import pack_safetensors
 
     path, form, quantized = what
-    facts = {"recipe": model.recipe, "epoch": model.epoch, "classes": list(model.classes), "shape": list(model.shape)}
-    facts |= {"data": {k: v for k, v in _json(run_dir, "data.json").items() if k != "splits"}}
     with torch.no_grad():
         expected = torch.cat([network(part) for part in _parts(of.images)])
     if form == "safetensors":
@@ -670,12 +790,15 @@ def _export(
         (export_onnx if form == "onnx" else export_torch)(network, model.shape, facts, path)
     found = check(run_file(path, form, of.images, model), expected, of.evaluated, of.targets, of.source)
     refuse(found, quantized=False)
+    unquantized = None
     if quantized:
         whole = path.rename(path.with_name("whole.onnx"))
+        unquantized = whole.stat().st_size
         quantize(whole, path, of.calibration.numpy())
-        found = check(run_file(path, form, of.images, model), expected, of.evaluated, of.targets, of.source)
+        source = of.source + ("; int8 is calibrated on the same images" if of.targets is None else "")
+        found = check(run_file(path, form, of.images, model), expected, of.evaluated, of.targets, source)
         refuse(found, quantized=True)
-    return Exported(path, form, quantized, found, stored(path, form, model.model))
+    return Exported(path, form, quantized, found, stored(path, form, model.model), unquantized)
 
 
 EXPORT = _Export

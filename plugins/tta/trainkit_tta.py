@@ -27,7 +27,9 @@ class TTA:
         flip: see each view mirrored left to right, too.
         shift: see the image shifted by so many pixels, once to the upper left and once to the lower right; at least 0,
             and 0 for no shifts. The shifted views together weigh as much as the others.
-        every: in a run, after every so many epochs, at least 0, and after the last one; 0 for the last one alone.
+        every: in a run, after every so many epochs, at least 0, and after the last one; 0 for the last one alone. The
+            test split that is evaluated once at the end, after a validation split, always has it. Where a plugin ends
+            the run early, its last epoch was not known to be one and may lack it.
     """
 
     flip: bool = True
@@ -68,9 +70,7 @@ class TTA:
     @hookimpl
     def eval_start(self, run: Run) -> None:
         """Begin a split, if it is due."""
-        epoch = run.epoch + 1
-        due = not self._fitting or epoch >= run.epochs or (self.every > 0 and epoch % self.every == 0)
-        self._model = run.evaluated_model() if due else None
+        self._model = run.evaluated_model() if self._is_due(run) else None
         self._correct, self._images = torch.zeros((), dtype=torch.int64, device=run.device), 0
 
     @hookimpl
@@ -101,6 +101,14 @@ class TTA:
                 self._correct.to(widest_float(self._correct.device)) * 100 / self._images, better="more"
             )
         }
+
+    def _is_due(self, run: Run) -> bool:
+        """Tell whether a split is looked at: in a run, at its end and after every so many epochs."""
+        if not self._fitting or run.split != run.selection_split:  # the test split, once, on the selected weights
+            return True
+        epoch = run.epoch + 1
+        is_last = epoch >= run.epochs or run.at_max_steps
+        return is_last or (self.every > 0 and epoch % self.every == 0)
 
     def _shifted(self, images: Tensor) -> Iterator[Tensor]:
         """Yield the shifted views, each mirrored, too."""

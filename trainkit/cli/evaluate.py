@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--images: takes neither --data nor KEY=VALUE: the run's data set is not opened")
     recipe = load_recipe(path, overrides)
     if args.data is not None:
-        overrides.append(_root(recipe, args.data))
+        overrides.append(data_root(recipe, args.data))
         recipe = load_recipe(path, overrides)
     refuse_meta(recipe)
     numerics.prepare(recipe)
@@ -101,7 +101,7 @@ def _evaluate_images(args: argparse.Namespace, console: Console) -> int:
     return int(bool(bad))
 
 
-def _root(recipe: Recipe, root: str) -> str:
+def data_root(recipe: Recipe, root: str) -> str:
     """Return the override that says where the data lie.
 
     Raises:

@@ -1,5 +1,8 @@
 import json
 import re
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,6 +16,8 @@ import trainkit_export
 from trainkit import load_model
 from trainkit.cli import main
 from trainkit.errors import RunError
+from trainkit.recipe import from_dict
+from trainkit.rundir import RunDir, pack_state
 from trainkit_digits import Digits
 
 RECIPE = """\
@@ -87,6 +92,15 @@ def test_torch_gives_the_runs_outputs_from_its_archive(exported, run_dir):
     np.testing.assert_allclose(network(IMAGES[:5]).detach().numpy(), outputs_of(run_dir, IMAGES[:5]), atol=1e-4)
 
 
+def test_no_file_tells_where_it_was_made(exported):
+    """Torch notes at each operation where its code lies, and the exporters write that down."""
+    folder, _ = exported
+    places = (str(Path(torch.__file__).parent), str(Path(trainkit_export.__file__).parent), str(folder))
+    contents = {path: path.read_bytes() for path in folder.iterdir()}
+    assert len(contents) == 8
+    assert [path for path, content in contents.items() if any(place.encode() in content for place in places)] == []
+
+
 def test_the_weights_are_those_that_were_evaluated(exported, run_dir):
     with safe_open(exported[0] / "shared.safetensors", "pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
@@ -132,18 +146,56 @@ def test_a_quantized_network_is_smaller_and_computes_with_int8(exported):
 def test_what_the_model_card_tells_to_do_works(exported, run_dir, monkeypatch, capsys, form):
     folder, _ = exported
     monkeypatch.chdir(folder)
-    Image.fromarray(IMAGES[0, 0].numpy()).save("image.png")
+    colours = np.random.default_rng(0).integers(0, 256, (13, 30, 3), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # by a quarter
+    Image.fromarray(colours).save("image.png", exif=turned)
     card = (folder / f"shared{trainkit_export.FORMATS[form]}.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     capsys.readouterr()
-    exec(snippet, {})
-    predicted = str(int(outputs_of(run_dir, IMAGES[:1]).argmax()))
+    made = {}
+    exec(snippet, made)
+    image = load_model(run_dir).read("image.png")
+    predicted = str(int(outputs_of(run_dir, image[None]).argmax()))
+    if form != "safetensors":
+        np.testing.assert_array_equal(made["array"], image.numpy())
     tensors = f"{len(load_model(run_dir).model.state_dict())} tensors; 10 classes"
     assert capsys.readouterr().out.strip() == (tensors if form == "safetensors" else predicted)
     assert "| test\\_accuracy | 90 |" in card
     assert "kernels \\| shared" in card
     assert r"\[a\](javascript" in card  # no link
-    assert str(folder) not in card
+
+
+def test_card_and_file_have_the_metrics_of_the_weights_that_they_hold(run_dir, tmp_path):
+    """The last epoch's are those of other weights, and with a validation split `best` alone was tested."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    directory = RunDir(tmp_path / "run")
+    state = directory.load_state("best")
+    state["history"][-1]["test_accuracy"] = 12.5
+    directory.write("checkpoints/best.pt", pack_state(state))
+    model = load_model(directory.path)
+    assert trainkit_export.measured_of(directory, model, "best")["test_accuracy"] == 12.5
+    recorded = directory.read_json("data.json")
+    directory.write_json("data.json", {**recorded, "splits": {**recorded["splits"], "validation": {"images": 9}}})
+    directory.write_json("result.json", {"final": {"lr": 7, "test_accuracy": 80.0}})
+    found = trainkit_export.measured_of(directory, model, "best")
+    assert (found["test_accuracy"], found["lr"]) == (80.0, 0.1)
+    assert trainkit_export.measured_of(directory, load_model(directory.path, "last"), "last")["test_accuracy"] != 80.0
+
+
+def test_the_file_says_what_was_measured(exported, run_dir):
+    metadata = onnxruntime.InferenceSession(exported[0] / "shared.onnx").get_modelmeta().custom_metadata_map
+    facts = json.loads(metadata["trainkit"])
+    assert facts["metrics"] == load_model(run_dir).metrics
+    assert (facts["recipe"], facts["epoch"], facts["shape"]) == ("shared", load_model(run_dir).epoch, [1, 8, 8])
+
+
+@pytest.mark.parametrize("root", ["/home/me/photos", "C:\\Users\\me\\photos", "~/photos"])
+def test_a_card_has_no_path_of_the_machine(root):
+    plugins = {"image_folder": {"root": root, "more": [root, "beside/it"]}}
+    recipe = from_dict({"name": "mine", "epochs": 1, "batch_size": 1, "plugins": plugins})
+    kept = trainkit_export._without_places(recipe).plugins["image_folder"]
+    assert kept == {"root": "photos", "more": ["photos", "beside/it"]}
 
 
 def test_a_file_that_computes_something_else_is_not_left(run_dir, tmp_path, monkeypatch, capsys):
@@ -173,9 +225,62 @@ def test_what_cannot_be_done_is_said_and_nothing_is_left(run_dir, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_finished_run_is_not_written_to(run_dir, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    target = run_dir / "checkpoints" / "network.safetensors"
+    assert main(["export", str(run_dir), "--format", "safetensors", "-o", str(target)]) == 2
+    assert "write elsewhere" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+def test_a_file_is_not_left_without_its_card(run_dir, tmp_path, capsys):
+    (tmp_path / "network.safetensors.md").mkdir()
+    assert main(["export", str(run_dir), "--format", "safetensors", "-o", str(tmp_path / "network.safetensors")]) == 2
+    assert "network.safetensors.md: cannot be written" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["network.safetensors.md"]
+
+
+def test_a_missing_package_is_named(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert main(["export", str(run_dir)]) == 2
+    assert "`pip install onnxscript`" in capsys.readouterr().err
+
+
+def test_a_data_set_of_other_classes_is_refused_and_another_test_split_is_named(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run_dir, "run")
+    directory = RunDir(tmp_path / "run")
+    recorded = directory.read_json("data.json")
+    recorded["splits"]["test"]["content"] = "another"
+    directory.write_json("data.json", recorded)
+    assert main(["export", "run", "--format", "safetensors", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["check"]["source"] == "of a test split that is not the run's own"
+    directory.write_json("data.json", {**recorded, "classes": recorded["classes"][::-1]})
+    assert main(["export", "run", "--format", "safetensors"]) == 2
+    assert "other classes" in capsys.readouterr().err
+
+
+def test_what_a_library_raises_is_one_clear_error(run_dir, tmp_path, monkeypatch, capsys):
+    def fail(*args, **options):
+        raise NotImplementedError("no such\n  operator")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.export, "export", fail)
+    assert main(["export", str(run_dir)]) == RunError.exit_code
+    assert "cannot capture the network: NotImplementedError: no such operator" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_other_images_may_be_given(run_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(IMAGES[0, 0].numpy()).save("a.png")
     assert main(["export", str(run_dir), "--format", "safetensors", "--images", "a.png", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["check"]
     assert (found["images"], found["source"], found["accuracy"]) == (1, "a.png", None)
+
+
+def test_data_may_lie_elsewhere_if_their_plugin_has_a_root(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(run_dir), "--format", "safetensors", "--data", "elsewhere"]) == 2
+    assert "no plugin of the recipe has an option `root`" in capsys.readouterr().err

@@ -3,9 +3,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trainkit import evaluate
+from trainkit import Metric, evaluate
 from trainkit.errors import RecipeError
 from trainkit.testing import build_run, run_steps, watch
+from trainkit_checkpoint import Checkpoint
 from trainkit_ema import EMA
 from trainkit_tta import TTA
 
@@ -46,6 +47,22 @@ def test_in_a_run_it_is_evaluated_when_it_is_due():
         return [row["epoch"] for row in run.history if "test_accuracy_tta" in row]
 
     assert [epochs(every) for every in (0, 1, 2)] == [[5], [1, 2, 3, 4, 5], [2, 4, 5]]
+
+
+def test_the_test_split_at_the_end_is_looked_at_whichever_epoch_was_selected(tmp_path):
+    """It is evaluated on the best epoch's state, whose epoch is not the last one."""
+    held_out = watch(transform_data=lambda data: data.replace(validation=data.test))
+    worse = watch(metrics=lambda run, split: {"early": Metric(float(run.epoch), better="less")})
+    plugins = {"held_out": held_out, "tta": TTA(), "worse": worse, "checkpoint": Checkpoint(best="early")}
+    run = run_steps(plugins, steps=None, run_dir=tmp_path / "run", epochs=4)
+    assert run.dir.load_state("best")["position"]["epoch"] == 1
+    assert "test_accuracy_tta" in run.tested
+    assert [row["epoch"] for row in run.history if "validation_accuracy_tta" in row] == [4]
+
+
+def test_a_run_of_max_steps_ends_with_it():
+    run = run_steps({"tta": TTA()}, steps=None, epochs=9, max_steps=6)
+    assert ["test_accuracy_tta" in row for row in run.history] == [False, True]
 
 
 def test_an_output_that_is_not_finite_is_wrong():

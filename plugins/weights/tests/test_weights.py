@@ -46,6 +46,8 @@ def test_the_network_is_stored_as_it_was_evaluated_each_shared_kernel_once(tmp_p
     assert not all(torch.equal(state[name], best["model"][name]) for name in average)
 
     images = torch.randint(256, (5, 1, 8, 8), dtype=torch.uint8)
-    expected = load_model("out").predict(images)
+    saved = load_model("out")
+    expected = saved.predict(images)
     (tmp_path / "out" / "checkpoints" / "best.pt").unlink()
     assert torch.equal(load_model("out").predict(images), expected)
+    assert load_model("out").metrics == saved.metrics
