@@ -7,6 +7,7 @@ against the schema below. The options of a plugin are held against its class whe
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from trainkit.plugin import declared
 from trainkit.registry import base_name, installed
 from trainkit.rundir import read_regular
 
-__all__ = ["Recipe", "load_recipe", "make_options"]
+__all__ = ["Recipe", "data_root", "load_recipe", "make_options"]
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 20
@@ -221,6 +222,19 @@ def make_options(recipe: Recipe, name: str, cls: type) -> Any:
         if recipe.path is not None and given is not None and not given.is_absolute():
             values[option] = recipe.path.parent / given
     return _construct(recipe.where, prefix, cls, values)
+
+
+def data_root(recipe: Recipe, root: str) -> str:
+    """Return the override that says where the data lie.
+
+    Raises:
+        RecipeError: no plugin of the recipe, or more than one, has an option of that name.
+    """
+    having = [name for name, options in recipe.plugins.items() if "root" in options]
+    if len(having) != 1:
+        listed = ", ".join(having) or "no plugin of the recipe"
+        raise RecipeError(f"--data: {listed} has an option `root`; give it as plugins.NAME.root=DIR")
+    return f"plugins.{having[0]}.root={json.dumps(root)}"
 
 
 def recipe_files(cls: type) -> list[str]:

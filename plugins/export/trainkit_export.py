@@ -26,11 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainkit import numerics
-from trainkit.cli.evaluate import data_root
 from trainkit.cli.output import add_allow_local, number, print_json, printable, table, terminal
 from trainkit.errors import DataError, RunError, TrainkitError, UsageError
 from trainkit.images import find_images
-from trainkit.recipe import load_recipe
+from trainkit.recipe import data_root, load_recipe
 from trainkit.rundir import RunDir, atomic_write, read_regular
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from trainkit.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trainkit.recipe import Recipe
     from trainkit.run import Run
 
 HELP = "Evaluate a run's checkpoint on its test split, or another one."
@@ -45,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Build the run's recipe again, load its weights, evaluate; say what differs from how they were trained."""
     from trainkit import numerics
-    from trainkit.recipe import load_recipe
+    from trainkit.recipe import data_root, load_recipe
     from trainkit.rundir import RunDir
 
     console = terminal(stderr=args.json)
@@ -95,23 +93,10 @@ def _evaluate_images(args: argparse.Namespace, console: Console) -> int:
         print_json({**told, "classes": list(model.classes), "confusion_matrix": matrix, "not_counted": len(bad)})
         return int(bool(bad))
     rows = [("images", number(total)), ("accuracy", number(accuracy))]
-    console.print(table([str(printable(args.images)), f"{args.checkpoint}, epoch {model.epoch}"], rows))
+    console.print(table([printable(args.images), f"{args.checkpoint}, epoch {model.epoch}"], rows))
     if args.per_class:
         console.print(_per_class(model.classes, matrix))
     return int(bool(bad))
-
-
-def data_root(recipe: Recipe, root: str) -> str:
-    """Return the override that says where the data lie.
-
-    Raises:
-        UsageError: no plugin of the recipe, or more than one, has an option of that name.
-    """
-    having = [name for name, options in recipe.plugins.items() if "root" in options]
-    if len(having) != 1:
-        listed = ", ".join(having) or "no plugin of the recipe"
-        raise UsageError(f"--data: {listed} has an option `root`; give it as plugins.NAME.root=DIR")
-    return f"plugins.{having[0]}.root={json.dumps(root)}"
 
 
 def _confusion(run: Run, split: str) -> list[list[int]]:
