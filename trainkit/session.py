@@ -42,6 +42,7 @@ class Result:
         parameters: trainable values of the network as it was built, each shared one counted once.
         final: the last epoch's metrics, and those of the test split where it was evaluated at the end.
         best: for each metric that says what is better its best value and the epoch.
+        better: for each of these metrics whether ``less`` or ``more`` is better.
         expected: what the recipe says it should reach.
         seconds: wall time of training, of evaluation, and in total, over all sessions.
         images_per_second: training images over the time of training.
@@ -66,6 +67,7 @@ class Result:
     resumed: list[dict[str, Any]] = attrs.field(factory=list)
     evidence: dict[str, Any] = attrs.field(factory=dict)
     finished: bool = False
+    better: dict[str, str] = attrs.field(factory=dict)
     path: Path | None = None
 
     def _repr_html_(self) -> str:
@@ -520,6 +522,7 @@ def _result(run: Run, error: BaseException | None) -> Result:
         non_finite=run.non_finite,
         resumed=run.resumed,
         evidence=run.evidence,
+        better={name: info.better for name, info in run.metric_info.items() if info.better is not None},
         path=run.dir.path if run.dir else None,
     )
 

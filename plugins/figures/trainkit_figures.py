@@ -16,7 +16,7 @@ from attrs.validators import ge
 
 from trainkit import Run
 from trainkit.cli.output import printable, terminal
-from trainkit.errors import RecipeError, UsageError
+from trainkit.errors import RecipeError, TrainkitError, UsageError
 from trainkit.plugin import hookimpl, plugin, recipe_file
 from trainkit.rundir import RunDir, atomic_write, read_regular
 
@@ -249,27 +249,31 @@ def _read(path: Path) -> Rows:
     return rows
 
 
-def overlay(histories: Mapping[str, Rows], metric: str) -> Figure:
+def overlay(histories: Mapping[str, Rows], metric: str, best: Mapping[str, tuple[float, float]]) -> Figure:
     """Draw one metric of several runs over each other.
 
     Args:
         histories: the epochs of each run, by the name that the legend gives it.
         metric: such as ``test_accuracy`` or ``lr``.
+        best: epoch and value of the best point, of runs whose metric says what is better.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 7), dpi=100, layout="constrained")
     axes = figure.add_subplot()
-    choose = min if "loss" in metric or "error" in metric else max
     last = 1.0
     for n, (name, rows) in enumerate(histories.items()):
         points = [(row["epoch"], row[metric]) for row in rows if math.isfinite(row.get(metric, math.nan))]
         if not points:
             continue
-        epoch, value = choose(points, key=itemgetter(1))
-        label = f"{name}: last {points[-1][1]:#.4g}, best {value:#.4g} (epoch {epoch:g})".replace("$", r"\$")
+        label = f"{name}: last {points[-1][1]:#.4g}"
+        if name in best:
+            epoch, value = best[name]
+            label += f", best {value:#.4g} (epoch {epoch:g})"
         line = "--" if n // len(SEVERAL) % 2 else "-"
-        _plot(axes, points, line, color=SEVERAL[n % len(SEVERAL)], marker="osD^v"[n % 5], label=label)
+        _plot(
+            axes, points, line, color=SEVERAL[n % len(SEVERAL)], marker="osD^v"[n % 5], label=label.replace("$", r"\$")
+        )
         last = max(last, points[-1][0])
     _label_epochs(axes, last)
     axes.set_ylabel(metric)
@@ -308,15 +312,25 @@ examples:
         known = list(dict.fromkeys(name for rows in histories.values() for row in rows for name in row))
         if args.metric not in known:
             raise UsageError(f"--metric: no run has {args.metric!r}; there are {', '.join(known[:20])}")
+        best = {str(folder): found for folder in args.folders if (found := _recorded_best(folder, args.metric))}
         import matplotlib.style
 
         data = io.BytesIO()
         with matplotlib.style.context(["default", {**STYLE, **(DARK if args.dark else {})}]):
             metadata = {"Date": None} if kind == "svg" else None
-            overlay(histories, args.metric).savefig(data, format=kind, metadata=metadata)
+            overlay(histories, args.metric, best).savefig(data, format=kind, metadata=metadata)
         atomic_write(args.output, data.getvalue())
         terminal().print(printable(args.output), markup=False, highlight=False, soft_wrap=True)
         return 0
+
+
+def _recorded_best(folder: Path, metric: str) -> tuple[float, float] | None:
+    """Return epoch and value of the best point that a run's result names; None where it names none."""
+    try:
+        found = RunDir(folder).read_json("result.json")["best"][metric]
+        return float(found["epoch"]), float(found["value"])
+    except (TrainkitError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _epochs(folder: Path) -> Rows:

@@ -220,9 +220,10 @@ def flat(tree: Mapping[str, Any], prefix: str = "", depth: int = 20) -> dict[str
 def result_facts(run: StoredRun) -> dict[str, Any]:
     """Return a run's result by dotted key; what is expected of a metric stands beside what was reached.
 
-    Evidence is left out: hashes, which ``trainkit verify`` checks, and which always differ between runs.
+    Evidence is left out: hashes, which ``trainkit verify`` checks, and which always differ between runs. So is what is
+    better of a metric, which never does.
     """
-    result = {name: value for name, value in run.result.items() if name != "evidence"}
+    result = {name: value for name, value in run.result.items() if name not in ("evidence", "better")}
     facts = flat({"run": str(run.folder), **result})
     by_metric: dict[str, list[str]] = {}
     for key in facts:
@@ -326,7 +327,7 @@ examples:
         groups = find_groups(args.folder)
         facts = {run.folder: self.facts(run, args.metric) for run in runs}
         if args.sort != "newest":
-            runs.sort(key=lambda run: sort_key(args.sort, facts[run.folder][args.sort], args.metric))
+            runs.sort(key=lambda run: sort_key(args.sort, facts[run.folder]))
         differ = differing(runs)
         document = [
             {"run": str(run.folder), "seed": facts[run.folder]["seed"], "differs": differ.get(run.folder, [])}
@@ -355,6 +356,7 @@ examples:
             "best": result.get(f"best.{metric}.value"),
             "expected": result.get(f"expected.{metric}"),
             "seconds": result.get("seconds.total"),
+            "better": result.get(f"better.{metric}"),
         }
 
     def table(
@@ -368,7 +370,7 @@ examples:
         columns = ["run", "seed", "status", "epochs", "final", "best", "expected", "seconds"]
         rows = []
         for run in runs:
-            name, *cells = (cell(value) for value in facts[run.folder].values())
+            name, *cells = (cell(value) for key, value in facts[run.folder].items() if key != "better")
             rows.append(["\n".join([name, *(f"  {each}" for each in differ.get(run.folder, []))]), *cells])
         numbers = [column for column in columns if column not in ("run", "status")]
         optional = ["expected", "seconds", "epochs", "seed", "status"]
@@ -377,14 +379,15 @@ examples:
         return made
 
 
-def sort_key(column: str, value: Any, metric: str) -> tuple[bool, Any]:
+def sort_key(column: str, facts: Mapping[str, Any]) -> tuple[bool, Any]:
     """Return what a listing is sorted by: the best first, for a metric, and others upwards; last, what there is not."""
+    value = facts[column]
     if column == "name":
         return False, value
     if not isinstance(value, int | float):
         return True, 0
-    less_is_better = any(word in metric for word in ("loss", "error"))
-    return False, -value if column in ("final", "best") and not less_is_better else value
+    more_is_better = column in ("final", "best") and facts["better"] != "less"
+    return False, -value if more_is_better else value
 
 
 class ShowRun:

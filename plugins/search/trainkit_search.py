@@ -37,7 +37,7 @@ __all__ = ["SEARCH", "Pruning", "Space", "read_space"]
 
 MAX_SPACE = 1 << 18  # bytes
 METRIC = "validation_accuracy"
-KEYS = ("metric", "trials", "seed", "space")
+KEYS = ("metric", "better", "trials", "seed", "space")
 RANGE_KEYS = ("low", "high", "log", "step")
 SHOWN = 10  # trials of the table
 
@@ -48,6 +48,7 @@ class Space:
 
     Args:
         metric: what decides, of the validation split.
+        better: whether ``more`` of it is better, or ``less``.
         trials: how many runs.
         seed: of Optuna's proposals.
         keys: for each key of the recipe a list of values, or a range: ``low``, ``high``, and perhaps ``log`` and
@@ -55,14 +56,10 @@ class Space:
     """
 
     metric: str
+    better: Literal["more", "less"]
     trials: int
     seed: int
     keys: Mapping[str, Any]
-
-    @property
-    def direction(self) -> Literal["minimize", "maximize"]:
-        """What is better of the metric."""
-        return "minimize" if any(word in self.metric for word in ("loss", "error")) else "maximize"
 
     def propose(self, trial: optuna.Trial) -> dict[str, Any]:
         """Return a value for each key."""
@@ -102,13 +99,16 @@ def read_space(path: Path) -> Space:
                 f"{path}: {key}: unknown key{did_you_mean(str(key), KEYS) or '; known: ' + ', '.join(KEYS)}"
             )
     metric, trials, seed = document.get("metric", METRIC), document.get("trials", 20), document.get("seed", 0)
+    better = document.get("better", "more")
     if not isinstance(metric, str) or not metric.startswith("validation_"):
         raise UsageError(f"{path}: metric: {metric!r}: a search chooses by the validation split, such as {METRIC}")
+    if better not in ("more", "less"):
+        raise UsageError(f"{path}: better: expected more or less, got {better!r}")
     if not (_is_integer(trials) and _is_integer(seed) and trials > 0):
         raise UsageError(f"{path}: trials, seed: expected whole numbers, at least 1 trial, got {trials!r} and {seed!r}")
     for key, what in document["space"].items():
         _check_range(f"{path}: space.{key}", what)
-    return Space(metric, trials, seed, document["space"])
+    return Space(metric, better, trials, seed, document["space"])
 
 
 def _is_integer(value: Any) -> bool:
@@ -136,17 +136,26 @@ class Pruning:
     Args:
         trial: Optuna's.
         metric: what decides.
+        better: what the search takes for better.
     """
 
     trial: Any
     metric: str
+    better: str
     pruned: bool = field(init=False, default=False)
 
     @hookimpl
     def epoch_end(self, run: Run, metrics: dict[str, float]) -> None:
-        """Report the epoch, and end the run where Optuna says so."""
+        """Report the epoch, and end the run where Optuna says so.
+
+        Raises:
+            RecipeError: the metric says that it is better the other way.
+        """
         if self.metric not in metrics:
             return
+        said = run.metric_info[self.metric].better
+        if said not in (None, self.better):
+            raise RecipeError(f"of {self.metric!r} {said} is better; say `better: {said}` in the space")
         self.trial.report(metrics[self.metric], round(metrics["epoch"]))
         if self.trial.should_prune():
             self.pruned = True
@@ -169,7 +178,7 @@ def _train(trial: optuna.Trial, recipe_path: Path, overrides: Sequence[str], spa
     recipe = load_recipe(recipe_path, [*overrides, *chosen])
     folder = home / f"trial-{trial.number}"
     trial.set_user_attr("run", folder.name)
-    pruning = Pruning(trial=trial, metric=space.metric)
+    pruning = Pruning(trial=trial, metric=space.metric, better=space.better)
     run = build(recipe, plugins={"pruning": pruning}, console=terminal(stderr=True))
     if run.data.validation is None:
         raise UsageError(
@@ -207,7 +216,7 @@ def search(recipe_path: Path, overrides: Sequence[str], space: Space, home: Path
     study = optuna.create_study(
         storage=f"sqlite:///{home / 'search.db'}",
         study_name="search",
-        direction=space.direction,
+        direction="maximize" if space.better == "more" else "minimize",
         sampler=optuna.samplers.TPESampler(seed=space.seed),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1),
         load_if_exists=True,

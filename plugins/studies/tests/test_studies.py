@@ -1,5 +1,4 @@
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -286,7 +285,6 @@ def test_killed_again_and_again_a_study_reaches_the_identical_end(folder):
     kills = 0
     _, variants, seeds = read_study(Path("small.yaml"), [])
     trainkit_studies.check(plan(Path("runs"), variants, seeds))  # imports what each process would import
-    pytest.importorskip("trainkit.session")
     while True:
         process = context.Process(
             target=study_in_a_process, args=(["study", "small.yaml", "epochs=2", "--seeds", "0-1"],)
@@ -312,7 +310,7 @@ def test_killed_again_and_again_a_study_reaches_the_identical_end(folder):
         whole = Group.read(Path("whole") / name)
         assert sorted(group.results) == [0, 1]
         assert group.values("train_loss") == whole.values("train_loss")
-        assert not math.isnan(sum(whole.values("test_loss").values()))
+        assert group.values("test_loss") == whole.values("test_loss")
 
 
 def test_ctrl_c_saves_the_run_that_is_trained_and_stops(folder):
