@@ -82,7 +82,7 @@ def test_a_search_goes_on_where_it_was_broken_off(folder, capsys, monkeypatch):
 
 def test_a_trial_that_falls_behind_is_ended(folder, capsys, monkeypatch):
     """A pruner that ends every trial after its second epoch stands for others that were better."""
-    threshold = optuna.pruners.ThresholdPruner(lower=101.0, n_warmup_steps=1)
+    threshold = optuna.pruners.ThresholdPruner(lower=101.0, n_warmup_steps=2)
     monkeypatch.setattr(optuna.pruners, "MedianPruner", lambda **options: threshold)
     assert main(["search", "found.yaml", "space.yaml", "epochs=4", "--trials", "2"]) == 2
     assert "no trial was completed" in capsys.readouterr().err
