@@ -1,14 +1,16 @@
 """Lookahead."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from attrs import field
-from attrs.validators import and_, ge, gt, le
+from attrs.validators import and_, ge, gt, le, optional
 from torch import Tensor
 from torch.optim import Optimizer
 
+from trainkit import Run
 from trainkit.errors import RecipeError
 from trainkit.plugin import hookimpl, plugin
 
@@ -27,16 +29,32 @@ class Lookahead:
         sync: ``every_k`` synchronises after steps k, 2k, 3k, ..., and the slow weights begin as the weights before the
             first step (Algorithm 1 of the paper); ``first_step`` synchronises after steps 1, k+1, 2k+1, ..., and they
             begin as the weights after the first step (what widespread implementations do).
+        ramp: let alpha fall from 1 to `alpha` over the run: after a share p of its steps it is
+            ``1 - (1 - alpha) * p ** ramp``; greater than 0. So Lookahead does nothing at first and averages at the end
+            (Jordan, arXiv:2404.00498, with ramp 3). None for the same alpha throughout.
     """
 
     k: int = field(default=5, validator=ge(1))
     alpha: float = field(default=0.5, validator=and_(gt(0), le(1)))
     sync: Sync = "every_k"
+    ramp: float | None = field(default=None, validator=optional(gt(0)))
 
     @hookimpl
-    def transform_optimizer(self, optimizer: Optimizer) -> Optimizer:
+    def transform_optimizer(self, run: Run, optimizer: Optimizer) -> Optimizer:
         """Wrap the optimizer, which takes the fast steps."""
-        return LookaheadOptimizer(optimizer, k=self.k, alpha=self.alpha, sync=self.sync)
+        alpha: float | Callable[[int], float] = self.alpha
+        if self.ramp is not None:
+            alpha = _ramp(self.alpha, run.total_steps, self.ramp)
+        return LookaheadOptimizer(optimizer, k=self.k, alpha=alpha, sync=self.sync)
+
+
+def _ramp(alpha: float, total_steps: int, power: float) -> Callable[[int], float]:
+    """Return the function from steps taken to alpha, which is 1 at first and `alpha` after `total_steps`."""
+
+    def at(steps: int) -> float:
+        return 1 - (1 - alpha) * math.pow(min(steps / total_steps, 1), power)
+
+    return at
 
 
 class LookaheadOptimizer(Optimizer):
@@ -45,11 +63,11 @@ class LookaheadOptimizer(Optimizer):
     Args:
         base: takes the fast steps.
         k: fast steps between two synchronisations.
-        alpha: step size of the slow weights.
+        alpha: step size of the slow weights, or a function from the number of steps taken to it.
         sync: when to synchronise, and where the slow weights begin (see :class:`Lookahead`).
     """
 
-    def __init__(self, base: Optimizer, *, k: int, alpha: float, sync: Sync) -> None:
+    def __init__(self, base: Optimizer, *, k: int, alpha: float | Callable[[int], float], sync: Sync) -> None:
         super().__init__(base.param_groups, base.defaults)
         self.base = base
         self.k = k
@@ -104,9 +122,10 @@ class LookaheadOptimizer(Optimizer):
         Each operation rounds as it would for one parameter at a time. A fused one (lerp, or add with alpha) would round
         once less.
         """
+        alpha = self.alpha(self.steps) if callable(self.alpha) else self.alpha
         fast = self._fast()
         torch._foreach_sub_(fast, self.slow)
-        torch._foreach_mul_(fast, self.alpha)
+        torch._foreach_mul_(fast, alpha)
         torch._foreach_add_(self.slow, fast)
         torch._foreach_copy_(fast, self.slow)
 

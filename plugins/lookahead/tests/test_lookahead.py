@@ -1,5 +1,6 @@
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +119,24 @@ def test_first_update_by_hand():
         param.grad = torch.ones(1)
         optimizer.step()
         assert param.item() == expected
+
+
+def test_ramp_is_the_average_with_a_growing_decay_of_airbench94():
+    """Its decay is ``0.95 ** 5 * (step / total) ** 3``; the average is moved to the weights, and copied into them."""
+    ours, theirs = make_params(), make_params()
+    plugin = Lookahead(k=5, alpha=1 - 0.95**5, ramp=3)
+    optimizer = plugin.transform_optimizer(SimpleNamespace(total_steps=20), sgd(ours))
+    plain = sgd(theirs)
+    average = [p.detach().clone() for p in theirs]
+    for step in range(1, 21):
+        train(ours, optimizer, 1, step)
+        train(theirs, plain, 1, step)
+        if step % 5 == 0:
+            decay = 0.95**5 * (step / 20) ** 3
+            for mean, parameter in zip(average, theirs, strict=True):
+                mean.lerp_(parameter.detach(), 1 - decay)
+                parameter.data.copy_(mean)
+        torch.testing.assert_close(ours, theirs, msg=lambda text, step=step: f"step {step}: {text}")
 
 
 @plugin
