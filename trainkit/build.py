@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,7 @@ from trainkit.data import Batches, Data
 from trainkit.errors import PluginError, RecipeError
 from trainkit.hooks import CallWrapper, Hooks, Implementation, load_plugins
 from trainkit.plugin import declared
+from trainkit.processes import Processes
 from trainkit.recipe import Recipe
 from trainkit.registry import base_name
 from trainkit.rng import torch_seed
@@ -82,7 +84,13 @@ def _with_instances(recipe: Recipe, plugins: Mapping[str, Any]) -> Recipe:
 
 def build_with(recipe: Recipe, hooks: Hooks, console: Console | None = None, *, dry: bool = False) -> Run:
     """Build a run from plugins that are already loaded, wherever they came from."""
-    run = Run(recipe=recipe, hooks=hooks, device=_device(recipe), console=console, dry=dry)
+    with hooks.blaming(PluginError):
+        processes = hooks.one("processes", Processes, default=_alone)(recipe)
+    if processes.rank > 0:  # who only watches does so in the first process, which alone prints
+        hooks.absent = frozenset(name for name, plugin in hooks.plugins.items() if _watches_once(plugin.instance))
+        console = _silent()
+    device = _device(recipe, processes)
+    run = Run(recipe=recipe, hooks=hooks, device=device, console=console, dry=dry, processes=processes)
     with hooks.blaming(PluginError):
         _build_data(run)
         _build_model(run)
@@ -93,6 +101,32 @@ def build_with(recipe: Recipe, hooks: Hooks, console: Console | None = None, *, 
     parts = {name: getattr(run, name) for name in provenance.PARTS}
     run.built = provenance.Built(parts, provenance.contents(run))  # what is replaced from here on is recorded
     return run
+
+
+def _alone(recipe: Recipe) -> Processes:
+    """Return this process alone.
+
+    Raises:
+        RecipeError: it was started as one of several.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and world.isdigit() and int(world) > 1:
+        raise RecipeError(
+            f"{recipe.where}: this is one of {world} processes (WORLD_SIZE), and the recipe lists no plugin that joins "
+            "them, so each would train a run of its own; list one, such as plugins.ddp={}"
+        )
+    return Processes()
+
+
+def _watches_once(instance: Any) -> bool:
+    cls = type(instance)
+    return provenance.is_observer(cls) and not getattr(cls, "every_process", False)
+
+
+def _silent() -> Console:
+    from rich.console import Console
+
+    return Console(quiet=True)
 
 
 def build_network(recipe: Recipe, hooks: Hooks, data: Data, console: Console | None = None) -> Run:
@@ -107,7 +141,7 @@ def build_network(recipe: Recipe, hooks: Hooks, data: Data, console: Console | N
     Returns:
         A run with transforms, model and contexts, and nothing to train with.
     """
-    run = Run(recipe=recipe, hooks=hooks, device=_device(recipe), console=console, dry=True)
+    run = Run(recipe=recipe, hooks=hooks, device=_device(recipe, Processes()), console=console, dry=True)
     with hooks.blaming(PluginError):
         run.data = data
         run.transforms = {name: _pipeline(run, name) for name in data.splits}
@@ -128,7 +162,16 @@ def _build_data(run: Run) -> None:
         training = name == "train"
         size = recipe.batch_size if training else recipe.test_batch_size or recipe.batch_size
         drop_last = training and recipe.drop_last
-        batches = Batches(split, size, run.device, run.data.workers, name=name, seed=recipe.seed, drop_last=drop_last)
+        batches = Batches(
+            split,
+            size,
+            run.device,
+            run.data.workers,
+            name=name,
+            seed=recipe.seed,
+            drop_last=drop_last,
+            processes=run.processes,
+        )
         run.batches[name] = batches
         owner.made.append(("data", batches))
     images = len(epoch_order(run))
@@ -137,6 +180,12 @@ def _build_data(run: Run) -> None:
         raise RecipeError(
             f"{recipe.where}: batch_size: {recipe.batch_size} is more than the {images} training images of an epoch, "
             "and drop_last leaves nothing; lower it, or set drop_last: false"
+        )
+    last = run.images_per_epoch % recipe.batch_size or recipe.batch_size
+    if min(last, recipe.batch_size) < run.world:
+        raise RecipeError(
+            f"{recipe.where}: batch_size: the last training batch has {last} images for {run.world} processes; set "
+            "drop_last: true, or another batch_size, which counts the images of all processes"
         )
     run.batches_per_step = hooks.one("batches_per_step", int, default=lambda run: 1)(run)
     if run.batches_per_step < 1:
@@ -250,10 +299,12 @@ def check_optimizer(run: Run, who: str) -> None:
         )
 
 
-def _device(recipe: Recipe) -> torch.device:
+def _device(recipe: Recipe, processes: Processes) -> torch.device:
     name = recipe.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() and recipe.numerics == "native" else "cpu"
+    if name == "cuda" and processes.world > 1:
+        name = f"cuda:{processes.local_rank}"
     try:
         device = torch.device(name)
         device = torch.empty(0, device=device).device  # with its number: `cuda` is the current GPU
@@ -304,7 +355,8 @@ def _check_shapes(run: Run) -> None:
         size = recipe.batch_size if training else recipe.test_batch_size or recipe.batch_size
         count = run.images_per_epoch if training else len(run.data.splits[name])
         for n in dict.fromkeys([min(size, count), last if training and last else min(size, count)]):
-            error = _trial_error(trial, run.model, (n, *shape), training=training)
+            # Of what processes share, the least part is what fails first.
+            error = _trial_error(trial, run.model, (max(1, n // run.world), *shape), training=training)
             if error is None:
                 continue
             which = f"a {'training' if training else name} batch of {n} images of {_size(shape)} pixels"

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from trainkit.errors import DataError, RunError
 from trainkit.images import Size
+from trainkit.processes import Processes
 from trainkit.rng import stream, torch_seed
 
 __all__ = [
@@ -256,11 +257,14 @@ class Batch:
         targets: [N, ...]: int64 [N] classes, or float probabilities [N, classes] after a plugin mixed them, or what
             the data have.
         indices: int64 [N], each image's place in its split; None in a batch that a plugin made without them.
+        share: where several processes share a batch, the place of this one's first image in the whole of it, and how
+            many images that has; None where all of it is here.
     """
 
     images: Tensor
     targets: Tensor
     indices: Tensor | None = None
+    share: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -285,6 +289,7 @@ class Batches:
         name: the split's name.
         seed: of the random generators under which images are decoded.
         drop_last: whether a last batch with fewer images is left out.
+        processes: those that share each batch.
     """
 
     def __init__(
@@ -297,7 +302,9 @@ class Batches:
         name: str = "train",
         seed: int = 0,
         drop_last: bool = False,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes or Processes()
         self.split = split.to(device) if isinstance(split, TensorSplit) else split
         self.batch_size = batch_size
         self.device = device
@@ -317,13 +324,16 @@ class Batches:
         """Return the number of batches that so many images make."""
         return images // self.batch_size if self.drop_last else -(-images // self.batch_size)
 
-    def iterate(self, order: Tensor | None = None, start: int = 0, epoch: int = 0) -> Iterator[Batch]:
-        """Yield the batches from number `start` on.
+    def iterate(
+        self, order: Tensor | None = None, start: int = 0, epoch: int = 0, *, whole: bool = False
+    ) -> Iterator[Batch]:
+        """Yield the batches from number `start` on: this process's share of each, but for those of which it has none.
 
         Args:
             order: int64 indices of an epoch; None for the split's own order.
             start: the first batch wanted, counted from 0.
             epoch: seeds the random generators under which images are decoded.
+            whole: yield whole batches, whatever other processes do.
         """
         in_memory = isinstance(self.split, TensorSplit)
         if order is None:  # made on the device: a copy to it would wait for what it still does
@@ -331,20 +341,31 @@ class Batches:
         stop = self.count(len(order)) * self.batch_size
         first = start * self.batch_size
         if isinstance(self.split, TensorSplit):
-            batches = self._index(self.split, order.to(self.device), range(first, stop, self.batch_size))
+            batches = self._index(self.split, order.to(self.device), range(first, stop, self.batch_size), whole)
         else:
             chunks = [order[i : i + self.batch_size].tolist() for i in range(first, stop, self.batch_size)]
-            batches = self._decode(chunks, order[:first], epoch)
+            batches = self._decode(chunks, order[:first], epoch, whole)
         self.asked = perf_counter()
         for batch in batches:
             self.arrived = perf_counter()
             yield batch
             self.asked = perf_counter()
 
-    def _index(self, split: TensorSplit, order: Tensor, places: range) -> Iterator[Batch]:
+    def _share(self, images: int, whole: bool) -> tuple[slice, tuple[int, int] | None]:
+        """Return which part of a batch of so many images is wanted, and the batch's `share`."""
+        if whole or self.processes.world == 1:
+            return slice(images), None
+        part = self.processes.share(images)
+        return part, (part.start, images)
+
+    def _index(self, split: TensorSplit, order: Tensor, places: range, whole: bool) -> Iterator[Batch]:
         for place in places:
-            indices = order[place : place + self.batch_size]
-            yield Batch(split.images[indices], split.targets[indices], indices)
+            chunk = order[place : place + self.batch_size]
+            part, share = self._share(len(chunk), whole)
+            if part.start == part.stop:
+                continue
+            indices = chunk[part]
+            yield Batch(split.images[indices], split.targets[indices], indices, share)
 
     def _new_loader(self) -> DataLoader[Any]:
         return DataLoader(
@@ -357,7 +378,7 @@ class Batches:
             generator=torch.Generator(),  # else each pass draws from the global one, to seed its workers
         )
 
-    def _decode(self, chunks: list[list[int]], before: Tensor, epoch: int) -> Iterator[Batch]:
+    def _decode(self, chunks: list[list[int]], before: Tensor, epoch: int, whole: bool) -> Iterator[Batch]:
         assert self._loader is not None
         # Workers can be at one pass only: a pass within another one (Run.iterate in a step) has workers of its own.
         within = self._in_use
@@ -365,12 +386,16 @@ class Batches:
         self._in_use = True
         seen = Counter(before.tolist())  # an image that is drawn again in one epoch gets other random numbers
         batches: list[list[tuple[int, int, int]]] = []
+        shares: list[tuple[int, int] | None] = []
         for chunk in chunks:
             draws = []
             for index in chunk:
                 draws.append((epoch, index, seen[index]))
                 seen[index] += 1
-            batches.append(draws)
+            part, share = self._share(len(draws), whole)
+            if draws[part]:
+                batches.append(draws[part])
+                shares.append(share)
         try:
             loader.batch_sampler.batches = batches  # type: ignore[union-attr]
             passing = iter(loader)
@@ -378,9 +403,11 @@ class Batches:
             if has_handler and threading.current_thread() is threading.main_thread():
                 # torch's handler raises wherever Python happens to be; a dead worker is found at its next batch anyway
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for images, targets, indices in passing:
+            for share, (images, targets, indices) in zip(shares, passing, strict=True):
                 moved = (tensor.to(self.device, non_blocking=True) for tensor in (images, targets, indices))
-                yield Batch(*moved)
+                batch = Batch(*moved)
+                batch.share = share
+                yield batch
         except Exception as error:
             if told := _from_worker(str(error)):
                 raise told from error

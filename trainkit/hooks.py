@@ -95,6 +95,7 @@ class Hooks:
     manager: pluggy.PluginManager
     plugins: Mapping[str, LoadedPlugin]
     wrap_call: CallWrapper | None = None  #: wraps every call, for profiling and tracing
+    absent: frozenset[str] = frozenset()  #: plugins that are called in another process of the run, and not in this one
     _position: dict[int, int] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -121,6 +122,8 @@ class Hooks:
         found = []
         for impl in caller.get_hookimpls():
             plugin = self.plugins[impl.plugin_name]
+            if plugin.name in self.absent:
+                continue
             call = _positional(impl.function, impl.argnames, caller.spec.argnames)
             if self.wrap_call is not None:
                 call = self.wrap_call(call, plugin.name, hook)

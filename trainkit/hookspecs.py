@@ -11,7 +11,7 @@ kind of a hook says what becomes of the results:
 
 The loop that fires them, as pseudocode::
 
-    data, transform_data, epoch_order, batches_per_step, transforms
+    processes, data, transform_data, epoch_order, batches_per_step, transforms
     model, transform_model, wrap_model, loss, optimizer, transform_optimizer, scheduler, contexts, provenance, built
     fit_start
     for each epoch:
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from trainkit.data import Batch, Data
+    from trainkit.processes import Processes
+    from trainkit.recipe import Recipe
     from trainkit.run import Metric, Run, Schedule
     from trainkit.transforms import Transform
 
@@ -66,6 +68,17 @@ def hookspec(kind: Kind) -> Callable[[F], F]:
 
 class Build:
     """Everything that exists before the first step, in this order. A failure here leaves nothing behind."""
+
+    @hookspec("one")
+    def processes(self, recipe: Recipe) -> Processes:
+        """Join the processes that train the run together; without a plugin this process trains it alone.
+
+        Args:
+            recipe: the recipe; nothing else exists yet.
+
+        Returns:
+            How they speak with each other: see :mod:`trainkit.processes`.
+        """
 
     @hookspec("one")
     def data(self, run: Run) -> Data:

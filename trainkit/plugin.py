@@ -65,6 +65,8 @@ def plugin(cls: C) -> C:
       run directory's ``checkpoints/last.pt``, ``"terminal"`` what shows progress: ``trainkit run`` warns without them;
     * ``observer = True``: it only watches. Leaving it out changes no bit of weights and metrics, so it may be dropped
       or added when a run is resumed;
+    * ``every_process = True``, of an observer: where several processes train a run, it watches in each of them, and
+      adds up what they see with ``run.processes.all_reduce``; else it watches in the first one alone;
     * ``without_effect``: options that cannot change a bit of a result, such as where the data lie;
     * ``hookspecs``: classes of :func:`trainkit.hookspec` methods that it offers to other plugins.
 

@@ -22,6 +22,7 @@ from trainkit.data import Batch, Batches, Data, describe, epoch_permutation
 from trainkit.errors import CheckpointError, PluginError, RunError
 from trainkit.hooks import Hooks
 from trainkit.numerics import widest_float
+from trainkit.processes import Processes
 from trainkit.recipe import Recipe
 from trainkit.rng import stream
 from trainkit.transforms import Pipeline
@@ -98,6 +99,7 @@ class Run:
     device: torch.device
     dry: bool = False  #: whether the run is only tried: nothing may be fetched or changed outside of its directory
     dir: RunDir | None = None  #: where this run writes; exists from ``fit_start`` on
+    processes: Processes = field(factory=Processes)  #: those that train the run together
 
     data: Data = field(init=False)
     batches: dict[str, Batches] = field(init=False)  #: by split
@@ -134,12 +136,26 @@ class Run:
     reopened: bool = False  #: whether a checkpoint was loaded to continue the run, and it has not gone on yet
     failed: bool = False  #: whether a session failed, so that the parts may lie between two safe points
     pending: list[dict[str, Any]] = field(factory=list)  #: records not yet copied to the host
+    _asked: tuple[str, int, bool] | None = field(init=False, default=None)  # to stop; other processes do not know yet
+    _sharing: bool = field(init=False, default=False)  # whether a batch is prepared that processes share
     _console: Console | None = field(default=None, alias="console")
     _transform_batch: Callable[[Any, Any], Any] | None = field(init=False, default=None)
 
     def __repr__(self) -> str:
         place = f"epoch {self.epoch} of {self.recipe.epochs}, step {self.step}"
         return f"<Run {self.recipe.name!r} on {self.device}: {place}>"
+
+    # Processes
+
+    @property
+    def rank(self) -> int:
+        """This process among those that train the run, from 0; the first alone writes and prints."""
+        return self.processes.rank
+
+    @property
+    def world(self) -> int:
+        """How many processes train the run."""
+        return self.processes.world
 
     # Length and position
 
@@ -197,12 +213,18 @@ class Run:
         return done or self.ended is not None
 
     def is_stopping(self) -> bool:
-        """Tell whether the run was asked to stop."""
+        """Tell whether the run was asked to stop, and every process of it knows."""
         return self.stop_reason is not None
 
-    def count(self, batch: Batch) -> None:
+    @property
+    def images_in_batch(self) -> int:
+        """Images of the current training batch, over all processes."""
+        size = self.recipe.batch_size
+        return min(size, self.images_per_epoch - self.batch_index * size)
+
+    def count_batch(self) -> None:
         """Count a training batch whose gradients are computed."""
-        self.images += len(batch)
+        self.images += self.images_in_batch
         self.batch_index += 1
 
     def advance_step(self) -> None:
@@ -219,8 +241,7 @@ class Run:
             reason: for people, and for ``result.json``.
             exit_code: of the command; other than 0 where the run should be continued: 143 is what a SIGTERM gives.
         """
-        if self.stop_reason is None:
-            self.stop_reason, self.exit_code = reason, exit_code
+        self._ask((reason, exit_code, False))
 
     def end(self, reason: str) -> None:
         """End the run for good at its next safe point: that is part of its state, and a resumed run does not go on.
@@ -228,8 +249,28 @@ class Run:
         Args:
             reason: for people, and for ``result.json``.
         """
+        self._ask((reason, 0, True))
+
+    def _ask(self, asked: tuple[str, int, bool]) -> None:
+        if self.world == 1:
+            self._stop(*asked)
+        elif self._asked is None:
+            self._asked = asked
+
+    def _stop(self, reason: str, exit_code: int, for_good: bool) -> None:
         if self.stop_reason is None:
-            self.stop_reason = self.ended = reason
+            self.stop_reason, self.exit_code = reason, exit_code
+            if for_good:
+                self.ended = reason
+
+    def agree(self) -> None:
+        """Let every process know whether one of them was asked to stop, so that all stop at the same safe point."""
+        if self.world == 1 or not self.processes.any(self._asked is not None):
+            return
+        for asked in self.processes.all_gather(self._asked):
+            if asked is not None:
+                self._stop(*asked)
+        self._asked = None
 
     # What plugins use
 
@@ -252,28 +293,37 @@ class Run:
         return self._console
 
     def rng(self, purpose: str) -> np.random.Generator:
-        """Return the random stream of one purpose at the current training batch (see :mod:`trainkit.rng`)."""
+        """Return the random stream of one purpose at the current training batch (see :mod:`trainkit.rng`).
+
+        It is the same in every process, but for ``transform_batch``, where each has other images of a batch.
+        """
+        if self._sharing:
+            purpose = f"{purpose}/{self.rank} of {self.world}"
         return stream(self.recipe.seed, purpose, self.epoch, self.batch_index)
 
     def prepare(self, batch: Batch) -> Batch:
         """Apply the image transforms of the current split, then what plugins do to the batch."""
         if self._transform_batch is None:
             self._transform_batch = self.hooks.chain("transform_batch", Batch)
-        batch.images = self.transforms[self.split](batch.images, self.rng, batch.indices, self.epoch)
-        self.batch = self._transform_batch(self, batch)
+        batch.images = self.transforms[self.split](batch.images, self.rng, batch.indices, self.epoch, share=batch.share)
+        self._sharing = batch.share is not None
+        try:
+            self.batch = self._transform_batch(self, batch)
+        finally:
+            self._sharing = False
         return self.batch
 
     def iterate(self, split: str) -> Iterator[Batch]:
         """Yield the batches of a split exactly as the network sees them, outside the run's counters.
 
         For batch-norm statistics, nearest neighbours, calibration. Nothing else of the run changes: neither its
-        position, nor any plugin's counters, nor random numbers of later batches.
+        position, nor any plugin's counters, nor random numbers of later batches. Every process gets whole batches.
 
         Args:
             split: a split's name; training images come in the order, and with the transforms, of the current epoch.
         """
         order = epoch_order(self) if split == "train" else None
-        for number, batch in enumerate(self.batches[split].iterate(order, epoch=self.epoch)):
+        for number, batch in enumerate(self.batches[split].iterate(order, epoch=self.epoch, whole=True)):
             before = self.split, self.batch_index, self.batch
             self.split, self.batch_index = split, number
             try:

@@ -109,7 +109,9 @@ def fit(
         run.ended = None
     new = run.dir is None
     if run.dir is None:
-        run.dir = RunDir.create(run.recipe, Path(run_dir) if run_dir is not None else None)
+        given = Path(run_dir) if run_dir is not None else None
+        run.dir = RunDir(Path(run.processes.from_first(lambda: str(RunDir.create(run.recipe, given).path))))
+        run.processes.remember_run(str(run.dir.path))
     elif run_dir is not None and Path(run_dir).resolve() != run.dir.path.resolve():
         raise UsageError(
             f"{run_dir}: this run writes to {run.dir.path}, and a run keeps its directory; build it again to write "
@@ -122,12 +124,13 @@ def fit(
         run.tested = {}  # of the weights at an earlier stop; those at the end are tested again
     with _locked(run, run.dir, new):
         _refuse_overtaken(run, run.dir, new)
-        run.dir.remove_parts()
+        if run.rank == 0:
+            run.dir.remove_parts()
         try:
             return _fit(run, run.dir, Trainer(run, max_steps=max_steps, eval_batches=eval_batches))
         except TrainkitError:
             if new and not run.failed:  # nothing has begun, so nothing is left behind
-                shutil.rmtree(run.dir.path)
+                shutil.rmtree(run.dir.path, ignore_errors=run.rank > 0)
                 run.dir = None
             raise
 
@@ -136,9 +139,14 @@ def fit(
 def _locked(run: Run, run_dir: RunDir, new: bool) -> Iterator[None]:
     """Keep the directory for this process; a new run must be the first to have it.
 
+    Of the processes that train a run together, the first one keeps it.
+
     Raises:
         UsageError: another process holds it, or took it between its making and now. Nothing in it is touched.
     """
+    if run.rank > 0:
+        yield
+        return
     try:
         with run_dir.exclusive():
             if new and any(run_dir.path.iterdir()):
@@ -183,9 +191,11 @@ def _fit(run: Run, run_dir: RunDir, trainer: Trainer) -> Result:
     run.provenance = provenance.record(run)
     already = provenance.of_contents(run.provenance["replaced"])
     run.built = attrs.evolve(run.built, contents=provenance.contents(run), already=already)
-    run_dir.add("recipe.yaml", _keep_files(run, run_dir).to_yaml())
-    provenance.write(run.provenance, run_dir)
-    completed = _set_result_aside(run_dir)
+    completed = None
+    if run.rank == 0:
+        run_dir.add("recipe.yaml", _keep_files(run, run_dir).to_yaml())
+        provenance.write(run.provenance, run_dir)
+        completed = _set_result_aside(run_dir)
     start, before = perf_counter(), run.seconds["total"]
     error: BaseException | None = None
     with _signals(run):
@@ -213,7 +223,7 @@ def _fit(run: Run, run_dir: RunDir, trainer: Trainer) -> Result:
             result = _result(run, error)
             if error is not None and completed is not None:
                 completed.replace(run_dir.path / "result.json")  # what was reached before stays reached
-            else:
+            elif run.rank == 0:
                 run_dir.write_json("result.json", result.to_dict())
             for batches in run.batches.values():
                 batches.close()

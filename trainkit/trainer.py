@@ -57,6 +57,7 @@ class Trainer:
     def train(self) -> None:
         """Train from the run's position to its end, or to a safe point at which it was asked to stop."""
         run, fire = self.run, self.fire
+        run.agree()
         stopped = run.is_stopping() and self.safe_point()
         while not (run.finished or stopped or self.trial_over):
             if run.batch_index == 0:
@@ -90,8 +91,10 @@ class Trainer:
         A stop that is asked for meanwhile, by a plugin or a signal, is told to those who have already been called.
         """
         run = self.run
+        run.agree()
         stopping = run.is_stopping()
         self.fire.safe_point(run)
+        run.agree()
         if run.is_stopping() and not stopping:
             stopping = True
             self.fire.safe_point(run)
@@ -123,7 +126,7 @@ class Trainer:
         fire.forward_end(run, batch, run.output, loss)
         fire.backward(run, fire.transform_loss(run, loss))
         completes_step = run.completes_step
-        run.count(batch)
+        run.count_batch()
         if not completes_step:
             return False
         fire.gradients_ready(run)
@@ -172,7 +175,27 @@ class Trainer:
                     raise PluginError(f"{impl.plugin}, metrics: {error}") from error
                 found[key], owners[key] = metric._replace(value=value), impl.plugin
                 run.metric_info[key] = MetricInfo(metric.better, metric.progress)
+        self.refuse_partial(found, owners)
         return found
+
+    def refuse_partial(self, metrics: dict[str, Metric], owners: dict[str, Any]) -> None:
+        """Hold what this process reports against what the others report: a value of its share alone would be wrong.
+
+        Raises:
+            PluginError: they differ.
+        """
+        if self.run.world == 1:
+            return
+        (mine,) = to_host([{name: metric.value for name, metric in metrics.items()}])
+        for rank, other in enumerate(self.run.processes.all_gather(mine)):
+            for name in {**mine, **other}:
+                values = mine.get(name), other.get(name)
+                if repr(values[0]) != repr(values[1]):  # NaN is NaN
+                    raise PluginError(
+                        f"{owners.get(name, 'a plugin')}, metrics: {name} is {values[0]} in process {self.run.rank} "
+                        f"and {values[1]} in process {rank}: it must add up what all processes see, with "
+                        "run.processes.all_reduce"
+                    )
 
     def end_epoch(self, metrics: dict[str, Metric]) -> bool:
         """Complete the epoch: metrics to the host in one copy, hooks, schedulers, counters.
@@ -260,7 +283,8 @@ class Trainer:
 
 def seed_torch(run: Run) -> None:
     """Make what torch draws itself in a step, such as dropout, depend on the run's position alone."""
-    seed = torch_seed(run.recipe.seed, "step", run.epoch, run.batch_index)
+    purpose = "step" if run.world == 1 else f"step/{run.rank} of {run.world}"
+    seed = torch_seed(run.recipe.seed, purpose, run.epoch, run.batch_index)
     torch.default_generator.manual_seed(seed)
     if run.device.type == "cuda":
         torch.cuda.default_generators[run.device.index or 0].manual_seed(seed)

@@ -129,14 +129,16 @@ class Pipeline:
         stream: Callable[[str], np.random.Generator],
         indices: Tensor | None = None,
         epoch: int = 0,
+        share: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Transform a batch; parameters are drawn for the whole batch, so chunks do not change them.
+        """Transform a batch; parameters are drawn for the whole batch, so neither chunks nor processes change them.
 
         Args:
             images: uint8 [N, C, H, W].
             stream: the generator of a name.
             indices: int64 [N], each image's place in its split; a transform may need them.
             epoch: from 0.
+            share: see :class:`trainkit.data.Batch`.
 
         Raises:
             PluginError: a transform needs the indices, and there are none.
@@ -144,7 +146,7 @@ class Pipeline:
         if not self.steps:
             return to_float(images)
         n, channels, height, width = images.shape
-        params = self.draw(n, (height, width), stream, images.device, indices=indices, epoch=epoch)
+        params = self.draw(n, (height, width), stream, images.device, indices=indices, epoch=epoch, share=share)
         sizes = self.sizes((height, width))
         chunk = max(1, (CPU_CHUNK if images.device.type == "cpu" else GPU_CHUNK) // max(h * w for h, w in sizes))
         if n <= chunk:
@@ -178,15 +180,20 @@ class Pipeline:
         *,
         indices: Tensor | None = None,
         epoch: int = 0,
+        share: tuple[int, int] | None = None,
     ) -> list[Params]:
         """Draw, and look up, the parameters of every transform for `n` images of this size.
+
+        Of a batch that several processes share, parameters are drawn for all images, and those of `n` are returned.
 
         Raises:
             PluginError: a transform needs the indices, and there are none.
         """
         params: list[Params] = []
+        first, total = share or (0, n)
         for (name, step), arriving in zip(self.steps, self.sizes(size)[:-1], strict=True):
-            given = {k: _sent(v, device) for k, v in step.draw(stream(name), n, arriving).items()}
+            drawn = step.draw(stream(name), total, arriving)
+            given = {k: _sent(v[first : first + n], device) for k, v in drawn.items()}
             if step.needs_indices:
                 if indices is None:
                     raise PluginError(

@@ -54,7 +54,7 @@ class Checkpoint:
         best = run.epoch_ended and self._is_best(run)
         complete = run.epoch_ended and run.batch_index == 0  # not cut short by max_steps
         kept = bool(complete and self.keep_every and run.epoch % self.keep_every == 0)
-        if not (best or kept or self._is_due(run)):
+        if run.rank > 0 or not (best or kept or self._is_due(run)):
             return
         assert run.dir is not None
         data = pack_state(run.state_dict())

@@ -42,6 +42,7 @@ class ConfusionMatrix:
     """
 
     observer: ClassVar = True
+    every_process: ClassVar = True  # each counts its share
 
     best: str = "accuracy"
     _counts: Tensor | None = field(init=False, default=None)  # of the current evaluation, int64 [classes * classes]
@@ -79,13 +80,14 @@ class ConfusionMatrix:
         epoch = run.history[-1]["epoch"]
         if best_of(run).get(run.metric_key(self.best), {}).get("epoch") == epoch:
             n = len(run.data.classes)
-            self._kept, self._epoch = self._counts.view(n, n).tolist(), epoch
+            counts = run.processes.all_reduce(self._counts.clone())
+            self._kept, self._epoch = counts.view(n, n).tolist(), epoch
         self._counts = None
 
     @hookimpl
     def fit_end(self, run: Run) -> None:
         """Write the counts and the picture."""
-        if not self._kept or run.dir is None:
+        if not self._kept or run.dir is None or run.rank > 0:
             return
         told = {"split": run.selection_split, "epoch": self._epoch, "classes": list(run.data.classes)}
         run.dir.write("figures/confusion.json", json.dumps({**told, "confusion_matrix": self._kept}) + "\n")

@@ -90,13 +90,19 @@ class Metrics:
         """Add a batch up; nothing is read from the device."""
         total = self._totals[run.split]
         self._loss = loss.detach()
+        correct = _correct(batch, output.detach()) if self.accuracy else total.correct.new_zeros(())
+        if run.world > 1 and run.split == "train":
+            # In each step, so that the state of any process is that of all, whenever it is saved.
+            sums = torch.stack([self._loss.to(total.loss.dtype) * len(batch), correct.to(total.loss.dtype)])
+            run.processes.all_reduce(sums)
+            self._loss = (sums[0] / run.images_in_batch).to(self._loss.dtype)
+            total.loss.add_(sums[0])
+            total.correct.add_(sums[1].to(total.correct.dtype))
+            total.images += run.images_in_batch
+            return
         total.loss.add_(self._loss, alpha=len(batch))
+        total.correct.add_(correct)
         total.images += len(batch)
-        if self.accuracy:
-            targets = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)
-            output = output.detach()
-            finite = output.isfinite().all(1)  # argmax alone calls a row of NaN class 0
-            total.correct.add_(((output.argmax(1) == targets) & finite).sum())
 
     @hookimpl
     def step_end(self, run: Run) -> None:
@@ -105,18 +111,25 @@ class Metrics:
             run.log({"loss": self._loss.clone()})
 
     @hookimpl
-    def metrics(self, split: str) -> dict[str, Metric] | None:
+    def metrics(self, run: Run, split: str) -> dict[str, Metric] | None:
         """Report a split.
 
         Returns:
             ``loss`` and ``accuracy`` (0 to 100), scalars on the device, or None if no batch was seen.
         """
         total = self._totals.get(split)
-        if total is None or total.images == 0:
+        is_shared = run.world > 1 and split != "train"
+        if total is None or (total.images == 0 and not is_shared):
             return None
-        reported = {"loss": Metric(total.loss / total.images, better="less", progress=True)}
+        images: Tensor | int = total.images
+        if is_shared:
+            images = run.processes.all_reduce(torch.tensor(total.images, device=run.device))
+            total = _Total(
+                run.processes.all_reduce(total.loss.clone()), run.processes.all_reduce(total.correct.clone())
+            )
+        reported = {"loss": Metric(total.loss / images, better="less", progress=True)}
         if self.accuracy:
-            percent = total.correct.to(total.loss.dtype) * 100 / total.images
+            percent = total.correct.to(total.loss.dtype) * 100 / images
             reported["accuracy"] = Metric(percent, better="more", progress=True)
         return reported
 
@@ -131,3 +144,10 @@ class Metrics:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned, whatever device its tensors are on."""
         self._totals = {split: _Total(**total) for split, total in state.items()}
+
+
+def _correct(batch: Batch, output: Tensor) -> Tensor:
+    """Return how many images of a batch are recognized, int64 [], on the device."""
+    targets = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)
+    finite = output.isfinite().all(1)  # argmax alone calls a row of NaN class 0
+    return ((output.argmax(1) == targets) & finite).sum()

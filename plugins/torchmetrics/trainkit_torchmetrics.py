@@ -55,6 +55,7 @@ class TorchMetrics:
     compute: dict[str, Any] = field(validator=_check_compute)
     task: Task = "multiclass"
     _metrics: dict[str, dict[str, torchmetrics.Metric]] = field(init=False, factory=dict)  # by split, by key
+    _partial: bool = field(init=False, default=False)  # whether the first images of this epoch are not counted
 
     @hookimpl
     def built(self, run: Run) -> None:
@@ -107,8 +108,16 @@ class TorchMetrics:
         return value
 
     @hookimpl
+    def fit_start(self, run: Run) -> None:
+        """Drop what a checkpoint within an epoch brought, where it is the share of one of several processes."""
+        self._partial = run.world > 1 and run.batch_index > 0
+        if self._partial:
+            self._forget()
+
+    @hookimpl
     def epoch_start(self) -> None:
         """Begin the training split of an epoch."""
+        self._partial = False
         self._forget()
 
     @hookimpl
@@ -140,6 +149,8 @@ class TorchMetrics:
         Returns:
             Values as torchmetrics gives them, most from 0 to 1, or None if no batch was seen.
         """
+        if split == "train" and self._partial:
+            return None
         found = self._metrics.get(split, {})
         if not all(metric.update_called for metric in found.values()):
             return None

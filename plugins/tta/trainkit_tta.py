@@ -87,20 +87,18 @@ class TTA:
         self._images += len(batch)
 
     @hookimpl
-    def metrics(self, split: str) -> dict[str, Metric] | None:
+    def metrics(self, run: Run, split: str) -> dict[str, Metric] | None:
         """Report a split that was evaluated.
 
         Returns:
             ``accuracy_tta`` (0 to 100), a scalar on the device, or None if it was not due.
         """
-        if split == "train" or self._model is None or self._correct is None or not self._images:
+        if split == "train" or self._model is None or self._correct is None:
             return None
         self._model = None
-        return {
-            "accuracy_tta": Metric(
-                self._correct.to(widest_float(self._correct.device)) * 100 / self._images, better="more"
-            )
-        }
+        images = torch.tensor(self._images, device=run.device)
+        correct, images = run.processes.all_reduce(self._correct), run.processes.all_reduce(images)
+        return {"accuracy_tta": Metric(correct.to(widest_float(run.device)) * 100 / images, better="more")}
 
     def _is_due(self, run: Run) -> bool:
         """Tell whether a split is looked at: in a run, at its end and after every so many epochs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
     from trainkit.build import build  # loads torch, which reads the settings of numerics
 
     built = build(recipe, console=console, wrap_call=_call_wrapper(args, profile, console), dry=args.dry_run)
+    console = built.console
+    if (earlier := _earlier_run(built, args.run_dir)) is not None:
+        return _continue(earlier, built, as_json=args.json)
     for line in (*_missing_parts(built), *_since_recorded(built)):
         console.print(printable(line), **PLAIN)
     if args.dry_run:
@@ -67,6 +71,35 @@ def run(args: argparse.Namespace) -> int:
     if args.profile:
         console.print(_profile_table(profile))
     return code
+
+
+def _earlier_run(run: Run, run_dir: str | None) -> Path | None:
+    """Return the directory of the run that these processes trained before they were started anew, or None.
+
+    One that has no checkpoint yet begins again, and its directory is removed.
+    """
+    if not run.processes.restarted:
+        return None
+    given = run_dir or run.processes.earlier_run()
+
+    def decide() -> str | None:
+        path = Path(given) if given else None
+        if path is None or not (path / "environment.json").exists():
+            return None
+        if (path / "checkpoints" / "last.pt").exists():
+            return str(path)
+        shutil.rmtree(path)
+        return None
+
+    found = run.processes.from_first(decide)
+    return None if found is None else Path(found)
+
+
+def _continue(path: Path, run: Run, *, as_json: bool) -> int:
+    from trainkit.session import reopen
+
+    run.console.print(printable(f"the processes were started anew; the run goes on in {path}"), **PLAIN)
+    return train(reopen(path, console=run.console), as_json=as_json)
 
 
 def _named(recipe: str, console: Console) -> Path:
@@ -137,7 +170,8 @@ def train(run: Run, run_dir: str | None = None, *, as_json: bool) -> int:
         if run.dir is not None and (run.dir.path / "checkpoints" / "last.pt").exists():
             run.console.print(f"continue with: {_resume_command(run.dir.path)}", **PLAIN)
         raise
-    _report(result, run.console, as_json=as_json)
+    if run.rank == 0:
+        _report(result, run.console, as_json=as_json)
     return run.exit_code
 
 
@@ -182,6 +216,8 @@ def _dry_run(trial: Run, *, as_json: bool) -> int:
             near = did_you_mean(name, reported) or f"; reported are {', '.join(reported)}"
             raise RecipeError(f"{trial.recipe.where}: expect.{name}: no plugin of the recipe reports it{near}")
     order = trial.hooks.order()
+    if trial.rank > 0:
+        return 0
     if as_json:
         print_json({"hooks": order, "parameters": result.parameters, "steps": result.steps})
         return 0

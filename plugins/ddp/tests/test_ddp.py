@@ -1,0 +1,144 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import trainkit
+from trainkit_ddp import SyncBatchNorm, synchronized
+
+RECIPE = """
+name: several
+epochs: 4
+batch_size: 50
+plugins:
+  digits:
+  random_crop: {size: 8, padding: 1}
+  random_horizontal_flip:
+  resnet: {stem: 4, blocks: [2, 2], channels: [4, 8]}
+  kernel_sharing: {within: ["stages.1"]}
+  cross_entropy:
+  sgd: {lr: 0.01, momentum: 0.9}
+  grad_clip: {limit: 5.0}
+  ema: {decay: 0.9}
+  ddp: {sync_batch_norm: true}
+  accumulate: {batches: 2}
+  metrics: {every: 1}
+  confusion_matrix:
+  metric_log:
+  ledger:
+  checkpoint: {every_steps: 5}
+"""  # 1,437 images: the last batch has 37, and the last step one batch
+
+pytestmark = pytest.mark.slow
+
+
+def torchrun(folder, *args, restarts=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, f"--max-restarts={restarts}", "-m", "trainkit", *args],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process):
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
+
+
+def rows(run_dir):
+    with (run_dir / "metrics.csv").open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def chain(run_dir):
+    return json.loads((run_dir / "ledger.jsonl").read_text().splitlines()[-1])["chain"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("several")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """The run of two processes, and what they printed."""
+    code, output = finished(torchrun(folder, "run", "recipe.yaml", "--run-dir", "two"))
+    assert code == 0, output
+    return folder / "two", output
+
+
+def test_two_processes_train_as_one_does(folder, two):
+    run_dir, output = two
+    assert output.count("completed in") == 1  # the first process alone prints
+    one = trainkit.fit(trainkit.build(trainkit.load_recipe(folder / "recipe.yaml")), folder / "one")
+    for ours, theirs in zip(rows(run_dir), rows(one.path), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+        assert ours["train_accuracy"] == pytest.approx(theirs["train_accuracy"], abs=0.15)  # of 1,437 images two
+    ours, theirs = (json.loads((d / "figures" / "confusion.json").read_text()) for d in (run_dir, one.path))
+    assert sum(map(sum, ours["confusion_matrix"])) == sum(map(sum, theirs["confusion_matrix"])) == 355 + 5
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["status"] == "completed"
+    assert result["parameters"] == one.parameters
+    declared = json.loads((run_dir / "environment.json").read_text())["declared"]["ddp"]
+    assert declared == {"processes": 2, "backend": "gloo"}
+
+
+def test_a_killed_process_is_started_anew_and_every_bit_is_that_of_an_undisturbed_run(folder, two):
+    process = torchrun(folder, "run", "recipe.yaml", "--run-dir", "killed", restarts=1)
+    checkpoint = folder / "killed" / "checkpoints" / "last.pt"
+    for _ in range(1200):
+        if checkpoint.exists():
+            break
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    os.kill(int(children.split()[-1]), signal.SIGKILL)
+    code, output = finished(process)
+    assert code == 0, output
+    assert "the processes were started anew; the run goes on in killed" in output
+    assert chain(folder / "killed") == chain(two[0])
+    assert json.loads((folder / "killed" / "result.json").read_text())["resumed"]
+
+
+def test_a_stop_that_one_process_is_asked_for_is_agreed_on(folder, two):
+    process = torchrun(folder, "run", "recipe.yaml", "--run-dir", "stopped")
+    checkpoint = folder / "stopped" / "checkpoints" / "last.pt"
+    for _ in range(1200):
+        if checkpoint.exists():
+            break
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    os.kill(int(children.split()[-1]), signal.SIGTERM)
+    code, output = finished(process)
+    assert code == 1, output
+    assert output.count("stopped by SIGTERM; continue with: trainkit resume stopped") == 1
+    code, output = finished(torchrun(folder, "resume", "stopped"))
+    assert code == 0, output
+    assert chain(folder / "stopped") == chain(two[0])
+
+
+def test_synchronized_keeps_names_values_and_what_is_shared():
+    norm = nn.BatchNorm2d(3, momentum=None)
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), norm, nn.Sequential(norm, nn.BatchNorm2d(3, affine=False)))
+    model(torch.randn(4, 1, 2, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parameters = list(model.parameters())
+    made = synchronized(model)
+    assert isinstance(made[1], SyncBatchNorm)
+    assert made[2][0] is made[1]
+    assert all(a is b for a, b in zip(made.parameters(), parameters, strict=True))
+    assert before.keys() == made.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
