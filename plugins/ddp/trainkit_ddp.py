@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from attrs import field
 from attrs.validators import gt
 from torch import Tensor, nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -149,7 +150,11 @@ class Group(Processes):
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         if not dist.is_initialized():  # a run that is built again in the same processes keeps them
-            dist.init_process_group(backend, timeout=timeout)
+            store = _store()
+            # torch 2.14 with torchrun --standalone keeps the store when processes are started anew, and gloo then finds
+            # the addresses of those that died.
+            attempt = PrefixStore(f"trainkit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(backend, store=attempt, rank=self.rank, world_size=self.world, timeout=timeout)
             atexit.register(dist.destroy_process_group)
         self._control = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
 
@@ -190,16 +195,13 @@ class Group(Processes):
 
     def remember_run(self, run_dir: str) -> None:
         """See :meth:`trainkit.processes.Processes.remember_run`."""
-        store = _store()
-        if store is not None and self.rank == 0:
-            store.set("trainkit/run_dir", run_dir)
+        if self.rank == 0:
+            _store().set("trainkit/run_dir", run_dir)
 
     def earlier_run(self) -> str | None:
         """See :meth:`trainkit.processes.Processes.earlier_run`."""
         store = _store()
-        if store is None or not store.check(["trainkit/run_dir"]):
-            return None
-        return str(store.get("trainkit/run_dir"), "utf-8")
+        return str(store.get("trainkit/run_dir"), "utf-8") if store.check(["trainkit/run_dir"]) else None
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -323,9 +325,8 @@ def _default_backend(recipe: Recipe) -> str:
     return "nccl" if on_gpu else "gloo"
 
 
-def _store() -> TCPStore | None:
-    """Return torchrun's store, which outlives processes that are started anew, or None where it has none."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
+@cache
+def _store() -> Any:
+    """Return the store that torchrun offers. It may outlive processes that are started anew, or be a new one then."""
+    store, _, _ = next(iter(rendezvous("env://")))
+    return store
