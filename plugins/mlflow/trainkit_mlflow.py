@@ -48,7 +48,11 @@ RETRY_AFTER = 300.0  # seconds; a server that never answers costs a training 10 
 LARGEST = sys.float_info.max  # MLflow's SQL stores keep infinity as this
 
 # What MLflow reads from the environment, while it is called. Its own defaults would wait for a lost server for minutes.
-FIXED = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_CONFIGURE_LOGGING": "false"}
+FIXED = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_CONFIGURE_LOGGING": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # which --json has for its own
+}
 DEFAULTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 CREDENTIALS = (
     "MLFLOW_TRACKING_TOKEN",
