@@ -63,6 +63,7 @@ NOT_HERE = {
     "compile": "torch's compiler keeps processes and threads for as long as Python runs",
     "distillation": "it needs an earlier run; its own test has one",
     "image_folder": "its data are files",
+    "mlflow": "its store lies beside the run directory; its own test names another one",
     "start_weights": "it needs a file",
     "timm_model": "its networks are large",
 }

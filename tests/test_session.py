@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,39 @@ def test_fit_end_fires_for_all_in_reverse_and_keeps_the_first_error(tmp_path):
     with pytest.raises(RunError, match="plugin 'b' failed in fit_end"):
         fit(run, tmp_path)
     assert ended == [("c", "NoneType"), ("b", "NoneType"), ("a", "RunError")]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_result_written_sees_the_result_on_the_disk_after_a_failure_too(tmp_path, fails):
+    @plugin
+    class Hands:
+        @hookimpl
+        def fit_end(self):
+            seen.append("fit_end")
+            if fails:
+                raise ValueError("no")
+
+        @hookimpl
+        def result_written(self, run, result):
+            seen.append(result.status)
+            assert json.loads((run.dir.path / "result.json").read_text()) == result.to_dict()
+
+    seen = []
+    with pytest.raises(RunError, match="failed in fit_end: ValueError: no") if fails else nullcontext():
+        fit(build_run({"hands": Hands()}), tmp_path)
+    assert seen == ["fit_end", "failed" if fails else "completed"]
+
+
+def test_a_failing_result_written_fails_the_command_and_leaves_the_result(tmp_path):
+    @plugin
+    class Fails:
+        @hookimpl
+        def result_written(self):
+            raise ValueError("no")
+
+    with pytest.raises(RunError, match="plugin 'fails' failed in result_written: ValueError: no"):
+        fit(build_run({"fails": Fails()}), tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "completed"
 
 
 # Stopping, and going on in the same process

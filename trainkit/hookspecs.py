@@ -27,6 +27,7 @@ The loop that fires them, as pseudocode::
         epoch_end, log, safe_point
     (with a validation split, the test split is evaluated here, once, as above)
     fit_end
+    [result.json], result_written
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from trainkit.processes import Processes
     from trainkit.recipe import Recipe
     from trainkit.run import Metric, Run, Schedule
+    from trainkit.session import Result
     from trainkit.transforms import Transform
 
 __all__ = ["PHASES", "Build", "Evaluation", "Kind", "Life", "Step", "hookspec"]
@@ -275,6 +277,18 @@ class Life:
         Args:
             run: the run.
             error: what ended the run early, or None.
+        """
+
+    @hookspec("notify")
+    def result_written(self, run: Run, result: Result) -> None:
+        """Hand on what the run left behind: every plugin has ended, and ``result.json`` is written.
+
+        Fired after every session, one that stopped or failed included. An exception fails the command and no longer
+        changes the result.
+
+        Args:
+            run: the run; nothing more is written to ``run.dir`` but by this hook.
+            result: how the run ended, as ``result.json`` has it.
         """
 
     @hookspec("notify")

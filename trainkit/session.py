@@ -126,10 +126,11 @@ def fit(
         _refuse_overtaken(run, run.dir, new)
         if run.rank == 0:
             run.dir.remove_parts()
+        step = run.step
         try:
             return _fit(run, run.dir, Trainer(run, max_steps=max_steps, eval_batches=eval_batches))
         except TrainkitError:
-            if new and not run.failed:  # nothing has begun, so nothing is left behind
+            if new and not run.failed and run.step == step:  # nothing has begun, so nothing is left behind
                 shutil.rmtree(run.dir.path, ignore_errors=run.rank > 0)
                 run.dir = None
             raise
@@ -227,6 +228,7 @@ def _fit(run: Run, run_dir: RunDir, trainer: Trainer) -> Result:
                 run_dir.write_json("result.json", result.to_dict())
             for batches in run.batches.values():
                 batches.close()
+        error = _result_written(run, result, error)
     if error is None:
         run.built = attrs.evolve(run.built, contents=provenance.contents(run))  # trained meanwhile
     if run.failed and isinstance(error, TrainkitError) and not isinstance(error, RunError):
@@ -501,6 +503,17 @@ def _fit_end(run: Run, error: BaseException | None) -> BaseException | None:
                 impl(run, error)
         except Exception as caught:
             run.failed = run.failed or error is None
+            error = error or caught
+    return error
+
+
+def _result_written(run: Run, result: Result, error: BaseException | None) -> BaseException | None:
+    """Fire ``result_written`` for every plugin, whatever the others do, and return the run's first error."""
+    for impl in run.hooks.implementations("result_written"):
+        try:
+            with run.hooks.blaming(RunError):
+                impl(run, result)
+        except Exception as caught:
             error = error or caught
     return error
 

@@ -1,5 +1,11 @@
 import csv
 import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -72,3 +78,46 @@ def test_a_resumed_run_goes_on_in_the_same_curves(recipe):
 def test_a_dry_run_leaves_nothing(recipe):
     assert main(["run", "watched.yaml", "--dry-run"]) == 0
     assert [path.name for path in recipe.iterdir()] == ["watched.yaml"]
+
+
+@contextmanager
+def server(folder, log):
+    """Serve a folder of runs with TensorBoard, and yield its address."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--host", "127.0.0.1", "--port", "0"]
+    with log.open("w") as file:
+        started = subprocess.Popen(command, stdout=file, stderr=file)
+    try:
+        deadline = time.monotonic() + 60
+        while not (found := re.search(r"at (http://127\.0\.0\.1:\d+/)", log.read_text())):
+            assert started.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield found[1]
+    finally:
+        started.terminate()
+        started.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_a_browser_shows_every_curve_and_its_last_value(recipe, tmp_path_factory):
+    assert main(["run", "watched.yaml", "--run-dir", "runs/watched/a"]) == 0
+    home = tmp_path_factory.mktemp("browser")
+    options = ["--headless", "--no-sandbox", "--disable-background-networking", "--dump-dom", "--window-size=1500,2500"]
+    options += [f"--user-data-dir={home / 'profile'}", "--enable-logging=stderr", "--v=0"]
+    options += ["--virtual-time-budget=20000"]  # ms that the page believes to have, until all has been fetched
+    with server(recipe / "runs", home / "log") as address:
+        command = ["chromium", *options, address]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    groups = re.findall(r'class="group-title"[^>]*>([^<]+)<', ended.stdout)
+    charts = re.findall(r'class="tag"[^>]*title="([^"]+)"', ended.stdout)
+    assert [group.strip() for group in groups if group.strip() != "Pinned"] == ["accuracy", "loss", "lr"]
+    # TensorBoard opens the first two groups.
+    assert sorted(charts) == ["accuracy/test", "accuracy/train", "loss", "loss/test", "loss/train"]
+    shown = re.sub(r"<[^>]*>", " ", ended.stdout)
+    assert "watched/a/tensorboard" in shown
+    for name in ("train_loss", "test_loss", "train_accuracy", "test_accuracy"):
+        assert re.search(rf"\b{float(epochs(recipe / 'runs/watched/a')[-1][name]):.5g}\b", shown), name
+    said = [line for line in ended.stderr.splitlines() if "CONSOLE" in line]
+    known = ("Multiple instances of Three.js", "WebGL")  # TensorBoard 2.21, Chromium without a GPU
+    assert [line for line in said if not any(each in line for each in known)] == []
