@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,20 +55,24 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def here(planned, variables, options=()):
-    """Train in this process, as the command line does."""
-    return main(planned.command(options))
+class Here:
+    """Trains in this process, as the command line does, and remembers what it was told."""
+
+    def __init__(self, fails=()):
+        self.fails, self.variables = fails, []
+
+    def train(self, planned, options, variables):
+        self.variables.append(variables)
+        return 1 if planned.seed in self.fails else main(planned.command(options))
+
+    def stop(self, number):
+        pass
 
 
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Runs start no processes, which would load torch each."""
-    real = run_missing
-
-    def run(runs, *, options, **others):
-        return real(runs, executor=partial(here, options=options), **others)
-
-    monkeypatch.setattr(trainkit_studies, "run_missing", run)
+    monkeypatch.setattr(trainkit_studies, "Processes", lambda quiet: Here())
 
 
 # Statistics
@@ -238,10 +241,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(folder, capsys):
     variants = [Variant("seeds", Path("tiny.yaml"), (), read_study(Path("small.yaml"), [])[1][0].recipe)]
     runs = plan(Path("runs/x"), variants, [0, 1, 2])
 
-    def executor(planned, variables):
-        return 1 if planned.seed == 1 else here(planned, variables)
-
-    failed, code = run_missing(runs, executor=executor)
+    failed, code = run_missing(runs, executor=Here(fails=[1]))
     assert ([planned.seed for planned in failed], code) == ([1], 1)
     assert [planned.state() for planned in runs] == ["completed", "missing", "completed"]
 
@@ -274,7 +274,7 @@ def test_plugins_that_cannot_be_left_out_are_passed_over_with_the_reason(folder,
 
 def study_in_a_process(arguments):
     os.setpgid(0, 0)
-    trainkit_studies.run_missing = lambda runs, real=run_missing, **options: real(runs, executor=here)
+    trainkit_studies.Processes = lambda quiet: Here()
     sys.exit(main(arguments))
 
 
@@ -332,15 +332,16 @@ def test_ctrl_c_saves_the_run_that_is_trained_and_stops(folder):
 def test_several_at_once_share_cores(folder, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    seen = []
 
-    def executor(planned, variables):
-        seen.append(variables)
-        time.sleep(0.05)
-        return 0
+    class Nothing(Here):
+        def train(self, planned, options, variables):
+            self.variables.append(variables)
+            time.sleep(0.05)
+            return 0
 
+    executor = Nothing()
     runs = plan(Path("runs/x"), read_study(Path("small.yaml"), [])[1][:2], [0, 1])
     run_missing(runs, jobs=2, executor=executor)
-    assert {variables["OMP_NUM_THREADS"] for variables in seen} == {"4"}
-    assert {variables["CUDA_VISIBLE_DEVICES"] for variables in seen} == {"4", "5"}
+    assert {variables["OMP_NUM_THREADS"] for variables in executor.variables} == {"4"}
+    assert {variables["CUDA_VISIBLE_DEVICES"] for variables in executor.variables} == {"4", "5"}
     assert run_missing([], jobs=1) == ([], 0)
