@@ -26,9 +26,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from time import monotonic, sleep
@@ -887,12 +888,21 @@ def _common(parser: argparse.ArgumentParser) -> None:
     add_allow_local(parser)
 
 
-def _train(args: argparse.Namespace, runs: Sequence[PlannedRun]) -> tuple[list[Group], int]:
-    """Train what is missing of a plan and return its groups."""
+def _train(
+    args: argparse.Namespace, runs: Sequence[PlannedRun], write: Callable[[], None] = lambda: None
+) -> tuple[list[Group], int]:
+    """Train what is missing of a plan and return its groups, and the exit code.
+
+    Args:
+        args: what :func:`_common` declares.
+        runs: the plan.
+        write: writes what the folder of all is, once everything that was given is checked.
+    """
     if args.jobs < 1:
         raise UsageError(f"--jobs: at least 1, not {args.jobs}")
     opened = open_executor(args.executor, jobs=args.jobs, quiet=args.json)
     check(runs)
+    write()
     write_groups(runs)
     options = ["--allow-local"] if args.allow_local else []
     if all(run.state() == "completed" for run in runs):
@@ -979,9 +989,7 @@ examples:
             else:
                 terminal().print(table(["variant", "seed", "state", "folder"], rows, right=["seed"]))
             return 0
-        check(runs)  # before anything is written
-        _write_study(home, name, variants, seeds, "study")
-        groups, code = _train(args, runs)
+        groups, code = _train(args, runs, partial(_write_study, home, name, variants, seeds, "study"))
         _report_study(groups, args.metric, as_json=args.json)
         return code
 
@@ -1022,10 +1030,8 @@ examples:
         for name, reason in passed_over.items():
             terminal(stderr=True).print(printable(f"{name}: {reason}"), markup=False, highlight=False)
         home = Path("runs") / f"{recipe.name}.ablation"
-        runs = plan(home, variants, seeds)
-        check(runs)  # before anything is written
-        _write_study(home, recipe.name, variants, seeds, "ablation")
-        groups, code = _train(args, runs)
+        write = partial(_write_study, home, recipe.name, variants, seeds, "ablation")
+        groups, code = _train(args, plan(home, variants, seeds), write)
         _report_ablation(home, groups, args.metric, passed_over, as_json=args.json)
         return code
 
