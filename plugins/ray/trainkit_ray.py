@@ -13,8 +13,10 @@ import logging
 import math
 import os
 import platform
+import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -118,6 +120,7 @@ def _connected(settings: Settings, jobs: int) -> Iterator[RayTasks]:
     import ray
 
     options: dict[str, Any] = {"address": settings.address}
+    _look_for(settings.address)
     with ExitStack() as stack:
         if settings.address is None:
             # Paths of sockets have 107 characters at most, so TMPDIR, which may be long, is not used.
@@ -133,6 +136,20 @@ def _connected(settings: Settings, jobs: int) -> Iterator[RayTasks]:
             raise UsageError(f"--executor ray: cannot connect to {options['address']}: {_first_line(error)}") from error
         stack.callback(ray.shutdown)
         yield _tasks(settings, jobs, cores())
+
+
+def _look_for(address: str | None) -> None:
+    """Fail where nothing answers at ``HOST:PORT``: Ray would look for it for minutes.
+
+    Raises:
+        UsageError: nothing does.
+    """
+    found = re.fullmatch(r"(.+):(\d{1,5})", address or "")
+    if found and "/" not in found[1]:
+        try:
+            socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise UsageError(f"--executor ray: address={address}: nothing answers there: {error}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -381,7 +381,8 @@ def open_executor(text: str, *, jobs: int, quiet: bool) -> AbstractContextManage
     have = installed(EXECUTORS)
     if name not in have:
         known = [PROCESS, *have]
-        raise UsageError(f"--executor: no executor {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
+        near = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+        raise UsageError(f"--executor: no executor {name!r}{near}")
     found: AbstractContextManager[Executor] = only(name, have[name], "executor").load()(settings, jobs)
     return found
 

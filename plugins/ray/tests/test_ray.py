@@ -162,6 +162,14 @@ def test_wrong_settings_are_refused_before_anything_is_written(folder, capsys, g
     assert not Path("runs").exists()
 
 
+def test_an_address_where_no_cluster_is_fails_at_once(folder, capsys):
+    with (
+        pytest.raises(UsageError, match=r"address=127\.0\.0\.1:1: nothing answers there"),
+        open_ray({"address": "127.0.0.1:1"}, jobs=1),
+    ):
+        pass
+
+
 def test_settings_are_read(folder):
     assert Settings.parse({"address": "10.0.0.5:6379", "gpus": "0.5"}) == Settings("10.0.0.5:6379", None, 0.5)
 
