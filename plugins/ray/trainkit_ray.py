@@ -42,7 +42,8 @@ POLL = 0.2  # seconds between two looks at a process
 
 #: Ray's own settings, read when it is imported. Its ports are open to the whole network, even those of a Ray on one
 #: machine, and whoever reaches them may run code: a token keeps others out. Ray trains at niceness 15 by default.
-OWN_RAY = {"RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0"}
+#: Ray 2.52 would set CUDA_VISIBLE_DEVICES where there are no GPUs, which is recorded as a change of what computes.
+OWN_RAY = {"RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 PRIVATE = {"RAY_USAGE_STATS_ENABLED": "0"}  # nothing is reported to Ray's authors
 
 
