@@ -19,6 +19,7 @@ from trainkit import __version__
 
 from .environments import PLUGINS, ROOT, Environment, distribution, environment, wheel
 
+GROUPS = {"trainkit.plugins", "trainkit.commands", "trainkit.executors", "trainkit.resumable"}
 SAMPLE = ("sgd", "runs")  # a provider and a command
 
 ON_DEMAND = {
@@ -91,7 +92,7 @@ def test_its_wheel_holds_one_module_and_metadata(plugin, contents):
     assert "trainkit>=0.1,<0.2" in metadata.get_all("Requires-Dist")
     entries = configparser.ConfigParser(delimiters="=")
     entries.read_string(contents[f"{info}/entry_points.txt"])
-    assert set(entries.sections()) <= {"trainkit.plugins", "trainkit.commands"}
+    assert set(entries.sections()) <= GROUPS
     values = [value for group in entries.sections() for value in entries[group].values()]
     assert {value.partition(":")[0] for value in values} == {f"trainkit_{plugin}"}
 
@@ -194,6 +195,8 @@ def check(item):
                 main([*entries[0].name.split("."), "--help"])
             except SystemExit as end:
                 assert end.code == 0
+        for entries in installed("trainkit.executors").values():
+            assert callable(entries[0].load())
     else:
         cls = installed(PLUGINS)[name][0].load()
         recipe = from_dict({"name": "alone", "epochs": 1, "batch_size": 8, "plugins": {name: options}})

@@ -98,7 +98,7 @@ def test_folder_distribution_module_and_entry_point_have_one_name(name):
     assert project["name"] == f"trainkit-{name.replace('_', '-')}"
     assert distribution(project["name"]).version == project["version"]
     for group, entries in project["entry-points"].items():
-        assert group in ("trainkit.plugins", "trainkit.commands")
+        assert group in ("trainkit.plugins", "trainkit.commands", "trainkit.executors", "trainkit.resumable")
         assert {value.partition(":")[0] for value in entries.values()} == {f"trainkit_{name}"}
         if group == "trainkit.plugins":
             assert list(entries) == [name]

@@ -88,9 +88,10 @@ RECIPE_NOTES = {
 }  # code and device are recorded
 PLUGIN_NOTES = {"source", "observer", "without_effect"}
 #: A patch version of Python changes no arithmetic, so :func:`_is_note` lets it pass, too; another minor version may
-#: draw, sort or round differently. Variables that set threads are recorded as what they set: `threads`.
+#: draw, sort or round differently. Variables that set threads, or choose a GPU, are recorded as what they set:
+#: `threads`, and `gpu`, its model, so that a run may go on on another GPU of the same model.
 ENVIRONMENT_NOTES = {"platform", "waiting", "observers_packages", "revision", "trainkit.version"}
-THREAD_VARIABLES = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"}
+NOTED_VARIABLES = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUDA_VISIBLE_DEVICES"}
 DATA_NOTES = {"preprocessing", "resize", "target"}  # content and options say the same
 BESIDE = ("declared", "replaced")  # parts that environment.json holds, too
 
@@ -846,7 +847,7 @@ def _is_note(part: str, key: str, values: Sequence[Any]) -> bool:
         return False
     if key == "python":  # patch versions
         return len(values) > 1 and not _differ([str(value).split(".")[:2] for value in values])
-    return first in ENVIRONMENT_NOTES or key in ENVIRONMENT_NOTES or (first == "variables" and rest in THREAD_VARIABLES)
+    return first in ENVIRONMENT_NOTES or key in ENVIRONMENT_NOTES or (first == "variables" and rest in NOTED_VARIABLES)
 
 
 def _differing(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "COMMANDS",
     "PLUGINS",
+    "RESUMABLE",
     "Installed",
     "base_name",
     "find",
@@ -45,6 +46,7 @@ __all__ = [
 
 PLUGINS = "trainkit.plugins"
 COMMANDS = "trainkit.commands"
+RESUMABLE = "trainkit.resumable"  # by a file that marks a folder which is no run, and which `trainkit resume` takes
 
 
 @attrs.frozen
@@ -64,7 +66,7 @@ class Installed:
         Raises:
             PluginError: it cannot be imported, whatever the reason.
         """
-        what = "plugin" if self.entry_point.group == PLUGINS else "command"
+        what = self.entry_point.group.removeprefix("trainkit.").removesuffix("s")
         try:
             return self.entry_point.load()
         except TrainkitError as error:  # such as what @plugin refuses

@@ -314,7 +314,8 @@ def _package(home: Path) -> _Package | None:
     except tomllib.TOMLDecodeError as error:
         raise PluginError(f"{path}: {error}") from error
     groups = project.get("entry-points", {})
-    named, commands = groups.get(PLUGINS, {}), groups.get(COMMANDS, {})
+    named, commands = groups.get(PLUGINS, {}), {**groups.get(COMMANDS, {})}
+    commands |= {f"--executor {name}": value for name, value in groups.get("trainkit.executors", {}).items()}
     if not named and not commands:
         return None
     plugins = {name: _import(home, value) for name, value in named.items()}

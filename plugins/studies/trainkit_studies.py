@@ -4,9 +4,9 @@ A plan is made anew each time that a command is typed: which runs there should b
 left alone, what was broken off is resumed, what is missing is trained. So any of it may be killed at any moment, and
 the same command goes on. Each run is a process of its own, and its directory is one like any other::
 
-    runs/<name>/study.json             the variants, and their folders
+    runs/<name>/study.json             the variants, and their folders; of an ablation, too
     runs/<name>/<variant>-<digest>/    a group: the runs of one recipe that differ by their seed alone
-        group.json                     recipe, overrides, seeds
+        group.json                     recipe, its file, overrides, seeds
         seed-0/ seed-1/ ...            run directories
 
 The digest is that of the variant's resolved recipe: a variant that was edited is another group.
@@ -28,12 +28,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 import numpy as np
@@ -42,6 +42,7 @@ from trainkit.cli.output import add_allow_local, error, number, print_json, prin
 from trainkit.errors import RecipeError, TrainkitError, UsageError, did_you_mean
 from trainkit.provenance import is_observer
 from trainkit.recipe import Recipe, load_recipe
+from trainkit.registry import installed, only
 from trainkit.rundir import RunDir, atomic_write, read_regular
 
 if TYPE_CHECKING:
@@ -49,17 +50,24 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ABLATE",
+    "EXECUTORS",
+    "RESUME",
     "SEEDS",
     "STUDY",
     "Difference",
+    "Executor",
     "Group",
     "PlannedRun",
+    "Processes",
     "Summary",
     "Variant",
     "compare",
+    "cores",
     "facts_of",
     "listing_table",
+    "open_executor",
     "plan",
+    "planned_in",
     "read_study",
     "run_missing",
     "study_table",
@@ -68,11 +76,14 @@ __all__ = [
 
 METRIC = "test_accuracy"
 LEVEL = 0.95  # of confidence
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")  # of a variant's folder
 MAX_STUDY = 1 << 20  # bytes
 MAX_RUNS = 10_000
 NO_PART = {"seed", "description", "source", "expect", "name"}  # of what tells one recipe's results from another's
 STOPPED = (130, 143)  # what a run that was asked to stop exits with
 WHOLE = "all"  # the variant of an ablation that leaves nothing out
+EXECUTORS = "trainkit.executors"  # entry points: see :func:`open_executor`
+PROCESS = "process"  # the executor that is here without a plugin
 
 
 # ---- what there should be
@@ -115,6 +126,11 @@ class PlannedRun:
     variant: Variant
     seed: int
     folder: Path
+
+    @property
+    def log(self) -> Path:
+        """The file that what it prints goes to, where it does not go to the terminal."""
+        return self.folder.with_name(f"{self.folder.name}.log")
 
     def state(self) -> str:
         """Return how far it is: ``completed``, ``started``, which can be resumed, or ``missing``."""
@@ -280,8 +296,95 @@ def _variant(name: str, path: Path, overrides: Sequence[str], place: str) -> Var
 
 # ---- run what is missing
 
-#: Brings a planned run to its end, given the environment variables of its process; returns the exit code.
-Executor = Callable[[PlannedRun, Mapping[str, str]], int]
+
+class Executor(Protocol):
+    """What trains runs. Several threads call :meth:`train` at once."""
+
+    def train(self, planned: PlannedRun, options: Sequence[str], variables: Mapping[str, str]) -> int:
+        """Bring a run to its end and return the exit code of its command.
+
+        Args:
+            planned: the run; its command is `planned.command(options)`.
+            options: of the command line, such as ``--allow-local``.
+            variables: of the environment: the cores and GPUs of this machine, shared among what is trained at once.
+        """
+
+    def stop(self, number: int) -> None:
+        """Let what is being trained save and stop; called a second time, stop at once. A signal handler calls this.
+
+        Args:
+            number: the signal that asks for it.
+        """
+
+
+@attrs.define
+class Processes:
+    """Trains each run in a process of its own on this machine, ``python -m trainkit``.
+
+    Args:
+        quiet: write what runs print to their logs.
+    """
+
+    quiet: bool = False
+    _running: list[subprocess.Popen[bytes]] = attrs.field(factory=list, init=False)
+    _asked: bool = attrs.field(default=False, init=False)
+
+    def train(self, planned: PlannedRun, options: Sequence[str], variables: Mapping[str, str]) -> int:
+        """See :class:`Executor`."""
+        # -P: no module of the folder that one stands in is imported.
+        arguments = [sys.executable, "-P", "-m", "trainkit", *planned.command(options)]
+        with planned.log.open("ab") if self.quiet else nullcontext() as output:
+            # In this one's group Ctrl-C would reach it twice, from the terminal and from here: twice means at once.
+            child = subprocess.Popen(
+                arguments, env={**os.environ, **variables}, stdout=output, stderr=output, start_new_session=True
+            )
+            self._running.append(child)
+            if self._asked:
+                child.send_signal(signal.SIGTERM)
+            code = child.wait()
+            self._running.remove(child)
+            return code
+
+    def stop(self, number: int) -> None:
+        """See :class:`Executor`."""
+        self._asked = True
+        for child in self._running:
+            if child.poll() is None:
+                child.send_signal(number)
+
+
+def open_executor(text: str, *, jobs: int, quiet: bool) -> AbstractContextManager[Executor]:
+    """Return the executor that ``NAME`` or ``NAME:KEY=VALUE,KEY=VALUE`` names; it works within a ``with`` block.
+
+    An entry point of the group ``trainkit.executors`` names a callable. It gets the settings, as text by key, and how
+    many runs are trained at once; it checks the settings and returns a context manager that yields an
+    :class:`Executor`.
+
+    Args:
+        text: what ``--executor`` says.
+        jobs: how many runs are trained at once.
+        quiet: print nothing of what runs print.
+
+    Raises:
+        UsageError: no executor has this name, or a setting is wrong.
+        PluginError: its package cannot be imported.
+    """
+    name, _, rest = text.partition(":")
+    pairs = [part.partition("=") for part in rest.split(",") if part]
+    if wrong := [key for key, equals, value in pairs if not (key and equals and value)]:
+        raise UsageError(f"--executor {name}: {wrong[0]!r}: expected KEY=VALUE")
+    settings = {key: value for key, _, value in pairs}
+    if name == PROCESS:
+        if settings:
+            raise UsageError(f"--executor {PROCESS}: it takes no settings, got {', '.join(settings)}")
+        return nullcontext(Processes(quiet or jobs > 1))
+    have = installed(EXECUTORS)
+    if name not in have:
+        known = [PROCESS, *have]
+        near = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+        raise UsageError(f"--executor: no executor {name!r}{near}")
+    found: AbstractContextManager[Executor] = only(name, have[name], "executor").load()(settings, jobs)
+    return found
 
 
 def run_missing(
@@ -299,7 +402,7 @@ def run_missing(
         jobs: how many at once; cores and GPUs are shared among them.
         quiet: write what runs print to ``<run directory>.log``, as several at once always do.
         options: of each command line, such as ``--allow-local``.
-        executor: what trains a run; by default ``python -m trainkit``, in a process of its own.
+        executor: what trains a run; by default :class:`Processes`.
 
     Returns:
         The runs that failed, and the exit code: 0, 1 where some failed, 130 or 143 where it was asked to stop.
@@ -308,6 +411,7 @@ def run_missing(
     done = len(runs) - len(waiting)
     failed: list[PlannedRun] = []
     stopped = 0
+    executor = executor or Processes(quiet or jobs > 1)
     out = terminal(stderr=True)
     lock = threading.Lock()
     free = list(range(jobs))
@@ -315,23 +419,22 @@ def run_missing(
     def train(planned: PlannedRun) -> None:
         nonlocal done, stopped
         with lock:
-            if stopped or children.asked:
-                stopped = stopped or children.asked
+            if stopped or asked.code:
+                stopped = stopped or asked.code
                 return
             place = free.pop(0)
             said = f"{planned.folder}: {planned.state()}; {done} of {len(runs)} runs are completed"
             out.print(printable(said), markup=False, highlight=False, soft_wrap=True)
-        _wait_for_others(planned, children)
+        _wait_for_others(planned, asked)
         if planned.state() == "missing":
-            shutil.rmtree(
-                planned.folder, ignore_errors=True
-            )  # killed before its first checkpoint: nothing to go on from
+            # It was killed before its first checkpoint: there is nothing to go on from.
+            shutil.rmtree(planned.folder, ignore_errors=True)
         start = monotonic()
-        code = (executor or partial(_in_process, children, options, quiet or jobs > 1))(planned, _shares(place, jobs))
+        code = executor.train(planned, options, _shares(place, jobs))
         with lock:
             free.append(place)
-            if code in STOPPED or children.asked:
-                stopped = children.asked or code
+            if code in STOPPED or asked.code:
+                stopped = asked.code or code
             elif code or planned.state() != "completed":
                 failed.append(planned)
                 out.print(printable(f"{planned.folder}: failed with exit code {code}"), markup=False, soft_wrap=True)
@@ -340,78 +443,42 @@ def run_missing(
                 said = f"{planned.folder}: completed in {monotonic() - start:,.0f} s"
                 out.print(printable(said), markup=False, highlight=False, soft_wrap=True)
 
-    with _children() as children, ThreadPoolExecutor(jobs) as pool:
+    with _passed_on(executor) as asked, ThreadPoolExecutor(jobs) as pool:
         list(pool.map(train, waiting))
     return failed, stopped or int(bool(failed))
 
 
 @attrs.define
-class _Children:
-    """The processes that are running, and the exit code that belongs to the signal that asked to stop, if one did."""
+class _Asked:
+    """The exit code that belongs to the signal that asked to stop; 0, while none did."""
 
-    running: list[subprocess.Popen[bytes]] = attrs.field(factory=list)
-    asked: int = 0
+    code: int = 0
 
 
 @contextmanager
-def _children() -> Iterator[_Children]:
-    """Pass SIGINT and SIGTERM on to the processes that train, and wait for them to save."""
-    children = _Children()
+def _passed_on(executor: Executor) -> Iterator[_Asked]:
+    """Pass SIGINT and SIGTERM on to the runs that are being trained, and wait for them to save."""
+    asked = _Asked()
 
     def stop(number: int, frame: object) -> None:
-        children.asked = 128 + number
-        for child in children.running:
-            if child.poll() is None:
-                child.send_signal(number)
+        asked.code = 128 + number
+        executor.stop(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield children
+        yield asked
         return
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield children
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _in_process(
-    children: _Children, options: Sequence[str], quiet: bool, planned: PlannedRun, variables: Mapping[str, str]
-) -> int:
-    """Run ``python -m trainkit`` and return its exit code.
-
-    Args:
-        children: where the process is listed, so that signals reach it.
-        options: of the command line.
-        quiet: write what it prints to ``<run directory>.log``.
-        planned: what it trains.
-        variables: of its environment, besides this one's.
-    """
-    command = planned.command(options)
-    log = planned.folder.with_name(f"{planned.folder.name}.log") if quiet else None
-    # -P: no module of the folder that one stands in is imported.
-    arguments = [sys.executable, "-P", "-m", "trainkit", *command]
-    output = log.open("ab") if log else None
-    try:
-        # In this one's group Ctrl-C would reach it twice, from the terminal and from here, and twice means at once.
-        child = subprocess.Popen(
-            arguments, env={**os.environ, **variables}, stdout=output, stderr=output, start_new_session=True
-        )
-        children.running.append(child)
-        if children.asked:
-            child.send_signal(signal.SIGTERM)
-        code = child.wait()
-        children.running.remove(child)
-        return code
-    finally:
-        if output:
-            output.close()
-
-
-def _wait_for_others(planned: PlannedRun, children: _Children) -> None:
+def _wait_for_others(planned: PlannedRun, asked: _Asked) -> None:
     """Wait while another process trains the run, such as one that a killed study has left behind."""
     said = False
-    while planned.folder.is_dir() and not children.asked:
+    while planned.folder.is_dir() and not asked.code:
         try:
             with RunDir(planned.folder).exclusive():
                 return
@@ -422,12 +489,16 @@ def _wait_for_others(planned: PlannedRun, children: _Children) -> None:
             sleep(1)
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _shares(place: int, jobs: int) -> dict[str, str]:
     """Return the environment variables that give one of several runs its share of cores and GPUs."""
     if jobs == 1:
         return {}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
+    found = {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     drivers = Path("/proc/driver/nvidia/gpus")
     gpus = (
@@ -594,9 +665,78 @@ def write_groups(runs: Sequence[PlannedRun]) -> None:
         if (folder / "group.json").is_file():
             seeds |= {*Group.read(folder).seeds}
         variant = own[0].variant
-        told = {"variant": variant.name, "recipe": variant.recipe.name, "overrides": list(variant.overrides)}
+        told = {
+            "variant": variant.name,
+            "recipe": variant.recipe.name,
+            "file": _between(folder, variant.path),
+            "overrides": list(variant.overrides),
+        }
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / "group.json", json.dumps({**told, "seeds": sorted(seeds)}, indent=2) + "\n")
+
+
+def _write_study(home: Path, name: str, variants: Sequence[Variant], seeds: Sequence[int], kind: str) -> None:
+    """Write which groups a folder holds; `kind` is ``study`` or ``ablation``."""
+    home.mkdir(parents=True, exist_ok=True)
+    folders = {variant.name: variant.folder for variant in variants}
+    told = {"name": name, "kind": kind, "variants": folders, "seeds": list(seeds)}
+    atomic_write(home / "study.json", json.dumps(told, indent=2) + "\n")
+
+
+def _between(folder: Path, file: Path) -> str:
+    """Return the path from a folder to a file, which holds where both are moved together."""
+    try:
+        return Path(os.path.relpath(file.resolve(), folder.resolve())).as_posix()
+    except ValueError:  # on Windows, on another drive
+        return file.resolve().as_posix()
+
+
+def planned_in(folder: Path) -> list[PlannedRun]:
+    """Return every run that there should be in the folder of a group, or of a study, as its files say.
+
+    Raises:
+        UsageError: it is neither, or a recipe of it was edited since.
+        RecipeError: a recipe of it is gone, or wrong.
+    """
+    folders = [folder]
+    if not (folder / "group.json").is_file():
+        path = folder / "study.json"
+        told = RunDir(folder).read_json("study.json")
+        names = told.get("variants") if isinstance(told, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(n, str) and NAME.fullmatch(n) for n in names.values()):
+            raise UsageError(f"{path}: variants: expected the folder of each by its name")
+        folders = [folder / name for name in names.values()]
+    groups = [(_variant_of(each), Group.read(each).seeds) for each in folders]
+    runs = [
+        (seed, n, PlannedRun(variant, seed, each / f"seed-{seed}"))
+        for n, (each, (variant, seeds)) in enumerate(zip(folders, groups, strict=True))
+        for seed in seeds[:MAX_RUNS]
+    ]
+    return [run for *_, run in sorted(runs, key=lambda item: item[:2])]
+
+
+def _variant_of(folder: Path) -> Variant:
+    """Return what a group trains, from the recipe's file, which must say what it said when the group was begun."""
+    path = folder / "group.json"
+    told = RunDir(folder).read_json("group.json")
+    name, file, overrides = (_plain(told).get(key) for key in ("variant", "file", "overrides"))
+    if file is None:
+        raise UsageError(
+            f"{path}: file: an older trainkit wrote no recipe's file; type the command that began it again"
+        )
+    # An override without `=`, or with `-` before it, would be an option of the command that trains.
+    if not (isinstance(name, str) and isinstance(file, str) and isinstance(overrides, list)) or not all(
+        isinstance(each, str) and re.match(r"[^-=][^=]*=", each) for each in overrides
+    ):
+        raise UsageError(f"{path}: not what trainkit writes: variant, file or overrides")
+    recipe = Path(os.path.relpath((folder.resolve() / file).resolve()))
+    found = _variant(name, recipe, overrides, str(path))
+    if found.folder != folder.resolve().name:
+        raise UsageError(
+            f"{folder}: {recipe} was edited since the group was begun, so its runs would not be of one recipe; undo "
+            "that, or type the command that began it again: it trains the edited recipe in another folder"
+        )
+    return found
 
 
 # ---- tables and pictures
@@ -735,18 +875,41 @@ def _write_figure(figure: Figure, path: Path) -> None:
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", default=METRIC, metavar="NAME", help=f"what is compared (default: {METRIC})")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many runs at once (default: 1)")
+    added = "".join(
+        f"; {name}: {records[0].summary[:1].lower()}{records[0].summary[1:].rstrip('.')}"
+        for name, records in installed(EXECUTORS).items()
+    )
+    parser.add_argument(
+        "--executor",
+        default=PROCESS,
+        metavar="NAME[:KEY=VALUE,...]",
+        help=f"what trains the runs (default: {PROCESS}, on this machine{added})".replace("%", "%%"),
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_allow_local(parser)
 
 
-def _train(args: argparse.Namespace, runs: Sequence[PlannedRun]) -> tuple[list[Group], int]:
-    """Train what is missing of a plan and return its groups."""
+def _train(
+    args: argparse.Namespace, runs: Sequence[PlannedRun], write: Callable[[], None] = lambda: None
+) -> tuple[list[Group], int]:
+    """Train what is missing of a plan and return its groups, and the exit code.
+
+    Args:
+        args: what :func:`_common` declares.
+        runs: the plan.
+        write: writes what the folder of all is, once everything that was given is checked.
+    """
     if args.jobs < 1:
         raise UsageError(f"--jobs: at least 1, not {args.jobs}")
+    opened = open_executor(args.executor, jobs=args.jobs, quiet=args.json)
     check(runs)
+    write()
     write_groups(runs)
     options = ["--allow-local"] if args.allow_local else []
-    failed, code = run_missing(runs, jobs=args.jobs, quiet=args.json, options=options)
+    if all(run.state() == "completed" for run in runs):
+        return groups_of(runs), 0
+    with opened as executor:
+        failed, code = run_missing(runs, jobs=args.jobs, options=options, executor=executor)
     for planned in failed:
         error(f"{planned.folder}: failed; see why: trainkit {shlex.join(planned.command(options))}")
     return groups_of(runs), code
@@ -777,15 +940,19 @@ examples:
         recipe = load_recipe(args.recipe, args.overrides)
         runs = plan(Path("runs") / recipe.name, [Variant("seeds", args.recipe, tuple(args.overrides), recipe)], seeds)
         (group,), code = _train(args, runs)
-        if args.json:
-            print_json(facts_of(group, group.metrics()))
-            return code
-        out = terminal()
-        if group.results:
-            out.print(group_table(group))
-        said = f"{group.folder}: {len(group.results)} of {len(group.seeds)} seeds completed"
-        out.print(printable(said), markup=False, highlight=False, soft_wrap=True)
+        _report_seeds(group, as_json=args.json)
         return code
+
+
+def _report_seeds(group: Group, *, as_json: bool) -> None:
+    if as_json:
+        print_json(facts_of(group, group.metrics()))
+        return
+    out = terminal()
+    if group.results:
+        out.print(group_table(group))
+    said = f"{group.folder}: {len(group.results)} of {len(group.seeds)} seeds completed"
+    out.print(printable(said), markup=False, highlight=False, soft_wrap=True)
 
 
 class _Study:
@@ -823,18 +990,16 @@ examples:
             else:
                 terminal().print(table(["variant", "seed", "state", "folder"], rows, right=["seed"]))
             return 0
-        check(runs)  # before anything is written
-        home.mkdir(parents=True, exist_ok=True)
-        folders = {variant.name: variant.folder for variant in variants}
-        atomic_write(
-            home / "study.json", json.dumps({"name": name, "variants": folders, "seeds": seeds}, indent=2) + "\n"
-        )
-        groups, code = _train(args, runs)
-        if args.json:
-            print_json([facts_of(group, [args.metric]) for group in groups])
-        else:
-            terminal().print(study_table(groups, args.metric))
+        groups, code = _train(args, runs, partial(_write_study, home, name, variants, seeds, "study"))
+        _report_study(groups, args.metric, as_json=args.json)
         return code
+
+
+def _report_study(groups: Sequence[Group], metric: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json([facts_of(group, [metric]) for group in groups])
+    else:
+        terminal().print(study_table(groups, metric))
 
 
 class _Ablate:
@@ -866,18 +1031,68 @@ examples:
         for name, reason in passed_over.items():
             terminal(stderr=True).print(printable(f"{name}: {reason}"), markup=False, highlight=False)
         home = Path("runs") / f"{recipe.name}.ablation"
-        groups, code = _train(args, plan(home, variants, seeds))
-        title = f"{recipe.name}: {len(seeds)} seeds"
-        if any(group.values(args.metric) for group in groups[1:]):
-            _write_figure(forest(groups, args.metric, title), home / "ablation.png")
-        if args.json:
-            print_json({"groups": [facts_of(group, [args.metric]) for group in groups], "passed_over": passed_over})
-            return code
-        out = terminal()
-        out.print(ablation_table(groups, args.metric))
-        for path in (home, *sorted(home.glob("ablation.*"))):
-            out.print(printable(path), markup=False, highlight=False, soft_wrap=True)
+        write = partial(_write_study, home, recipe.name, variants, seeds, "ablation")
+        groups, code = _train(args, plan(home, variants, seeds), write)
+        _report_ablation(home, groups, args.metric, passed_over, as_json=args.json)
         return code
+
+
+def _report_ablation(
+    home: Path, groups: Sequence[Group], metric: str, passed_over: Mapping[str, str] | None = None, *, as_json: bool
+) -> None:
+    title = f"{home.name.removesuffix('.ablation')}: {len(groups[0].seeds)} seeds"
+    if any(group.values(metric) for group in groups[1:]):
+        _write_figure(forest(groups, metric, title), home / "ablation.png")
+    if as_json:
+        print_json({"groups": [facts_of(group, [metric]) for group in groups], "passed_over": passed_over or {}})
+        return
+    out = terminal()
+    out.print(ablation_table(groups, metric))
+    for path in (home, *sorted(home.glob("ablation.*"))):
+        out.print(printable(path), markup=False, highlight=False, soft_wrap=True)
+
+
+class _Resume:
+    """``trainkit resume`` of a group, a study or an ablation."""
+
+    HELP = "Train what is missing of a group, a study or an ablation, as the command that began it does."
+    EXAMPLES = """\
+examples:
+  trainkit resume runs/paper
+  trainkit resume runs/paper --jobs 2
+"""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Declare the command's arguments."""
+        parser.add_argument("folder", type=Path, metavar="GROUP", help="the folder of a group, a study or an ablation")
+        _common(parser)
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Train what is missing, and print what the command that began it prints."""
+        folder: Path = args.folder
+        if not any((folder / name).is_file() for name in ("group.json", "study.json")):
+            raise UsageError(
+                f"{folder}: not the folder of a group or a study: it holds neither group.json nor study.json; "
+                "a run is resumed without --jobs, --executor and --metric"
+            )
+        groups, code = _train(args, planned_in(folder))
+        if (folder / "group.json").is_file():
+            _report_seeds(groups[0], as_json=args.json)
+        elif _plain(RunDir(folder).read_json("study.json")).get("kind") == "ablation":
+            _report_ablation(folder, groups, args.metric, as_json=args.json)
+        else:
+            _report_study(groups, args.metric, as_json=args.json)
+        return code
+
+    @classmethod
+    def resume(cls, folder: Path, *, allow_local: bool, as_json: bool) -> int:
+        """Do the same for ``trainkit resume GROUP``, which knows none of the options."""
+        parser = argparse.ArgumentParser()
+        cls.add_arguments(parser)
+        options = [*(["--allow-local"] if allow_local else []), *(["--json"] if as_json else [])]
+        return cls.run(parser.parse_args([*options, "--", str(folder)]))
 
 
 def ablations(
@@ -923,6 +1138,7 @@ def ablations(
     return variants, passed_over
 
 
+RESUME = _Resume
 SEEDS = _Seeds
 STUDY = _Study
 ABLATE = _Ablate

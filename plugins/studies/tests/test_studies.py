@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,20 +55,24 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def here(planned, variables, options=()):
-    """Train in this process, as the command line does."""
-    return main(planned.command(options))
+class Here:
+    """Trains in this process, as the command line does, and remembers what it was told."""
+
+    def __init__(self, fails=()):
+        self.fails, self.variables = fails, []
+
+    def train(self, planned, options, variables):
+        self.variables.append(variables)
+        return 1 if planned.seed in self.fails else main(planned.command(options))
+
+    def stop(self, number):
+        pass
 
 
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Runs start no processes, which would load torch each."""
-    real = run_missing
-
-    def run(runs, *, options, **others):
-        return real(runs, executor=partial(here, options=options), **others)
-
-    monkeypatch.setattr(trainkit_studies, "run_missing", run)
+    monkeypatch.setattr(trainkit_studies, "Processes", lambda quiet: Here())
 
 
 # Statistics
@@ -238,10 +241,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(folder, capsys):
     variants = [Variant("seeds", Path("tiny.yaml"), (), read_study(Path("small.yaml"), [])[1][0].recipe)]
     runs = plan(Path("runs/x"), variants, [0, 1, 2])
 
-    def executor(planned, variables):
-        return 1 if planned.seed == 1 else here(planned, variables)
-
-    failed, code = run_missing(runs, executor=executor)
+    failed, code = run_missing(runs, executor=Here(fails=[1]))
     assert ([planned.seed for planned in failed], code) == ([1], 1)
     assert [planned.state() for planned in runs] == ["completed", "missing", "completed"]
 
@@ -272,9 +272,115 @@ def test_plugins_that_cannot_be_left_out_are_passed_over_with_the_reason(folder,
     assert main(["ablate", "tiny.yaml", "--plugins", "sgd"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("command", "home", "again"),
+    [
+        (["run", "tiny.yaml", "epochs=1", "--seeds", "0-2"], "runs/tiny/*", []),
+        (["study", "small.yaml", "-o", "here"], "here", ["--jobs", "1"]),
+        (["ablate", "tiny.yaml", "epochs=1", "--plugins", "grad_clip", "--seeds", "0-1"], "runs/tiny.ablation", []),
+    ],
+)
+def test_resume_of_a_group_does_what_the_same_command_does(folder, monkeypatch, capsys, command, home, again):
+    (folder / "tiny.yaml").write_text(RECIPE.replace("  metrics:", "  grad_clip:\n  metrics:"))
+    monkeypatch.setattr(trainkit_studies, "Processes", lambda quiet: Here(fails=[1]))
+    assert main(command) == 1
+    monkeypatch.setattr(trainkit_studies, "Processes", lambda quiet: Here())
+    (found,) = Path().glob(home)
+    groups = [path.parent for path in folder.rglob("group.json")]
+    before = {path: path.read_bytes() for path in folder.rglob("result.json")}
+    capsys.readouterr()
+    assert main(["resume", str(found), *again]) == 0
+    resumed = capsys.readouterr().out
+    for group in map(Group.read, groups):
+        assert sorted(group.results) == list(group.seeds)
+    assert {path: path.read_bytes() for path in before} == before  # finished runs are left alone
+    assert main(command) == 0  # there is nothing left to train
+    assert resumed.endswith(capsys.readouterr().out)  # behind what the runs print, in this process
+
+
+def broken_off(folder, monkeypatch):
+    """Return a group of which no run was trained."""
+    monkeypatch.setattr(trainkit_studies, "Processes", lambda quiet: Here(fails=[0]))
+    assert main(["run", "tiny.yaml", "epochs=1", "--seeds", "0"]) == 1
+    monkeypatch.setattr(trainkit_studies, "Processes", lambda quiet: Here())
+    (group,) = Path("runs/tiny").iterdir()
+    return group
+
+
+def test_a_group_of_an_edited_recipe_is_not_resumed(folder, monkeypatch, capsys):
+    group = broken_off(folder, monkeypatch)
+    (folder / "tiny.yaml").write_text(RECIPE.replace("lr: 0.1", "lr: 0.2"))
+    assert main(["resume", str(group)]) == 2
+    assert "tiny.yaml was edited since the group was begun" in capsys.readouterr().err
+    (folder / "tiny.yaml").unlink()
+    assert main(["resume", str(group)]) == 2
+    assert "tiny.yaml: no such recipe" in capsys.readouterr().err
+
+
+def test_a_group_is_resumed_from_any_folder_and_after_all_was_moved(folder, monkeypatch):
+    group = broken_off(folder, monkeypatch)
+    (folder / "moved").mkdir()
+    for name in ("runs", "tiny.yaml"):
+        (folder / name).rename(folder / "moved" / name)
+    monkeypatch.chdir(folder / "moved" / group.parent)
+    assert main(["resume", group.name]) == 0
+    assert sorted(Group.read(Path(group.name)).results) == [0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("overrides", ["--allow-local"], "not what trainkit writes"),
+        ("overrides", ["--run-dir=/tmp/x"], "not what trainkit writes"),
+        ("overrides", "epochs=1", "not what trainkit writes"),
+        ("file", 3, "not what trainkit writes"),
+        ("file", "/dev/zero", "/dev/zero"),
+        ("file", None, "type the command that began it again"),
+        ("variant", "../up", "a variant's name is letters"),
+        ("seeds", ["a"], "not what trainkit writes"),
+    ],
+)
+def test_a_strangers_group_is_data(folder, monkeypatch, capsys, key, value, said):
+    group = broken_off(folder, monkeypatch)
+    told = json.loads((group / "group.json").read_text())
+    (group / "group.json").write_text(json.dumps({**told, key: value}))
+    assert main(["resume", str(group)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_strangers_study_names_no_folder_elsewhere(folder, capsys):
+    (folder / "study.json").write_text(json.dumps({"variants": {"base": "../other"}}))
+    assert main(["resume", "."]) == 2
+    assert "study.json: variants: expected the folder of each" in capsys.readouterr().err
+
+
+def test_what_is_for_one_run_is_refused_of_a_group_and_the_other_way_round(folder, monkeypatch, capsys):
+    group = broken_off(folder, monkeypatch)
+    assert main(["resume", str(group), "epochs=3"]) == 2
+    assert "epochs=3 is for one run" in capsys.readouterr().err
+    assert main(["resume", str(group), "--allow-changes"]) == 2
+    assert main(["resume", str(group / "seed-0"), "--jobs", "2"]) == 2
+    assert "not the folder of a group or a study" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("procces", "no executor 'procces'; did you mean 'process'?"),
+        ("slurm", "no executor 'slurm'; there are process"),
+        ("process:cpus=1", "process: it takes no settings, got cpus"),
+        ("process:cpus", "'cpus': expected KEY=VALUE"),
+    ],
+)
+def test_an_executor_that_is_not_there_is_refused_before_anything_is_written(folder, capsys, given, said):
+    assert main(["run", "tiny.yaml", "--seeds", "0", "--executor", given]) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
 def study_in_a_process(arguments):
     os.setpgid(0, 0)
-    trainkit_studies.run_missing = lambda runs, real=run_missing, **options: real(runs, executor=here)
+    trainkit_studies.Processes = lambda quiet: Here()
     sys.exit(main(arguments))
 
 
@@ -332,15 +438,16 @@ def test_ctrl_c_saves_the_run_that_is_trained_and_stops(folder):
 def test_several_at_once_share_cores(folder, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    seen = []
 
-    def executor(planned, variables):
-        seen.append(variables)
-        time.sleep(0.05)
-        return 0
+    class Nothing(Here):
+        def train(self, planned, options, variables):
+            self.variables.append(variables)
+            time.sleep(0.05)
+            return 0
 
+    executor = Nothing()
     runs = plan(Path("runs/x"), read_study(Path("small.yaml"), [])[1][:2], [0, 1])
     run_missing(runs, jobs=2, executor=executor)
-    assert {variables["OMP_NUM_THREADS"] for variables in seen} == {"4"}
-    assert {variables["CUDA_VISIBLE_DEVICES"] for variables in seen} == {"4", "5"}
+    assert {variables["OMP_NUM_THREADS"] for variables in executor.variables} == {"4"}
+    assert {variables["CUDA_VISIBLE_DEVICES"] for variables in executor.variables} == {"4", "5"}
     assert run_missing([], jobs=1) == ([], 0)
