@@ -58,7 +58,7 @@ __all__ = [
     "Executor",
     "Group",
     "PlannedRun",
-    "Processes",
+    "LocalProcesses",
     "Summary",
     "Variant",
     "compare",
@@ -318,7 +318,7 @@ class Executor(Protocol):
 
 
 @attrs.define
-class Processes:
+class LocalProcesses:
     """Trains each run in a process of its own on this machine, ``python -m trainkit``.
 
     Args:
@@ -377,7 +377,7 @@ def open_executor(text: str, *, jobs: int, quiet: bool) -> AbstractContextManage
     if name == PROCESS:
         if settings:
             raise UsageError(f"--executor {PROCESS}: it takes no settings, got {', '.join(settings)}")
-        return nullcontext(Processes(quiet or jobs > 1))
+        return nullcontext(LocalProcesses(quiet or jobs > 1))
     have = installed(EXECUTORS)
     if name not in have:
         known = [PROCESS, *have]
@@ -402,7 +402,7 @@ def run_missing(
         jobs: how many at once; cores and GPUs are shared among them.
         quiet: write what runs print to ``<run directory>.log``, as several at once always do.
         options: of each command line, such as ``--allow-local``.
-        executor: what trains a run; by default :class:`Processes`.
+        executor: what trains a run; by default :class:`LocalProcesses`.
 
     Returns:
         The runs that failed, and the exit code: 0, 1 where some failed, 130 or 143 where it was asked to stop.
@@ -411,7 +411,7 @@ def run_missing(
     done = len(runs) - len(waiting)
     failed: list[PlannedRun] = []
     stopped = 0
-    executor = executor or Processes(quiet or jobs > 1)
+    executor = executor or LocalProcesses(quiet or jobs > 1)
     out = terminal(stderr=True)
     lock = threading.Lock()
     free = list(range(jobs))

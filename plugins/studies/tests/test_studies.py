@@ -72,7 +72,7 @@ class Here:
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Runs start no processes, which would load torch each."""
-    monkeypatch.setattr(trainkit_studies, "Processes", lambda quiet: Here())
+    monkeypatch.setattr(trainkit_studies, "LocalProcesses", lambda quiet: Here())
 
 
 # Statistics
@@ -282,9 +282,9 @@ def test_plugins_that_cannot_be_left_out_are_passed_over_with_the_reason(folder,
 )
 def test_resume_of_a_group_does_what_the_same_command_does(folder, monkeypatch, capsys, command, home, again):
     (folder / "tiny.yaml").write_text(RECIPE.replace("  metrics:", "  grad_clip:\n  metrics:"))
-    monkeypatch.setattr(trainkit_studies, "Processes", lambda quiet: Here(fails=[1]))
+    monkeypatch.setattr(trainkit_studies, "LocalProcesses", lambda quiet: Here(fails=[1]))
     assert main(command) == 1
-    monkeypatch.setattr(trainkit_studies, "Processes", lambda quiet: Here())
+    monkeypatch.setattr(trainkit_studies, "LocalProcesses", lambda quiet: Here())
     (found,) = Path().glob(home)
     groups = [path.parent for path in folder.rglob("group.json")]
     before = {path: path.read_bytes() for path in folder.rglob("result.json")}
@@ -300,9 +300,9 @@ def test_resume_of_a_group_does_what_the_same_command_does(folder, monkeypatch, 
 
 def broken_off(folder, monkeypatch):
     """Return a group of which no run was trained."""
-    monkeypatch.setattr(trainkit_studies, "Processes", lambda quiet: Here(fails=[0]))
+    monkeypatch.setattr(trainkit_studies, "LocalProcesses", lambda quiet: Here(fails=[0]))
     assert main(["run", "tiny.yaml", "epochs=1", "--seeds", "0"]) == 1
-    monkeypatch.setattr(trainkit_studies, "Processes", lambda quiet: Here())
+    monkeypatch.setattr(trainkit_studies, "LocalProcesses", lambda quiet: Here())
     (group,) = Path("runs/tiny").iterdir()
     return group
 
@@ -380,7 +380,7 @@ def test_an_executor_that_is_not_there_is_refused_before_anything_is_written(fol
 
 def study_in_a_process(arguments):
     os.setpgid(0, 0)
-    trainkit_studies.Processes = lambda quiet: Here()
+    trainkit_studies.LocalProcesses = lambda quiet: Here()
     sys.exit(main(arguments))
 
 
