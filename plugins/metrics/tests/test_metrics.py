@@ -22,11 +22,11 @@ def started(**options):
 
 
 def begin(plugin, split):
-    plugin.eval_start(SimpleNamespace(split=split, device=torch.device("cpu")))
+    plugin.eval_start(SimpleNamespace(world=1, split=split, device=torch.device("cpu")))
 
 
 def feed(plugin, split, outputs, targets, loss):
-    run = SimpleNamespace(split=split)
+    run = SimpleNamespace(world=1, split=split)
     batch = Batch(torch.zeros(len(targets), 1, 1, 1), torch.as_tensor(targets))
     plugin.forward_end(run, batch, torch.as_tensor(outputs), torch.as_tensor(loss))
 
