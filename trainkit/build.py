@@ -112,8 +112,8 @@ def _alone(run: Run) -> Processes:
     world = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ and world.isdigit() and int(world) > 1:
         raise RecipeError(
-            f"{run.recipe.where}: this is one of {world} processes (WORLD_SIZE), and the recipe lists no plugin that joins "
-            "them, so each would train a run of its own; list one, such as plugins.ddp={}"
+            f"{run.recipe.where}: this is one of {world} processes (WORLD_SIZE), and the recipe lists no plugin that "
+            "joins them, so each would train a run of its own; list one, such as plugins.ddp={}"
         )
     return Processes()
 
