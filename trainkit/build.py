@@ -84,13 +84,13 @@ def _with_instances(recipe: Recipe, plugins: Mapping[str, Any]) -> Recipe:
 
 def build_with(recipe: Recipe, hooks: Hooks, console: Console | None = None, *, dry: bool = False) -> Run:
     """Build a run from plugins that are already loaded, wherever they came from."""
+    run = Run(recipe=recipe, hooks=hooks, device=torch.device("cpu"), console=console, dry=dry)
     with hooks.blaming(PluginError):
-        processes = hooks.one("processes", Processes, default=_alone)(recipe)
-    if processes.rank > 0:  # who only watches does so in the first process, which alone prints
+        run.processes = hooks.one("processes", Processes, default=_alone)(run)
+    if run.rank > 0:  # who only watches does so in the first process, which alone prints
         hooks.absent = frozenset(name for name, plugin in hooks.plugins.items() if _watches_once(plugin.instance))
-        console = _silent()
-    device = _device(recipe, processes)
-    run = Run(recipe=recipe, hooks=hooks, device=device, console=console, dry=dry, processes=processes)
+        run.silence()
+    run.device = _device(recipe, run.processes)
     with hooks.blaming(PluginError):
         _build_data(run)
         _build_model(run)
@@ -103,7 +103,7 @@ def build_with(recipe: Recipe, hooks: Hooks, console: Console | None = None, *, 
     return run
 
 
-def _alone(recipe: Recipe) -> Processes:
+def _alone(run: Run) -> Processes:
     """Return this process alone.
 
     Raises:
@@ -112,8 +112,8 @@ def _alone(recipe: Recipe) -> Processes:
     world = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ and world.isdigit() and int(world) > 1:
         raise RecipeError(
-            f"{recipe.where}: this is one of {world} processes (WORLD_SIZE), and the recipe lists no plugin that joins "
-            "them, so each would train a run of its own; list one, such as plugins.ddp={}"
+            f"{run.recipe.where}: this is one of {world} processes (WORLD_SIZE), and the recipe lists no plugin that "
+            "joins them, so each would train a run of its own; list one, such as plugins.ddp={}"
         )
     return Processes()
 
@@ -121,12 +121,6 @@ def _alone(recipe: Recipe) -> Processes:
 def _watches_once(instance: Any) -> bool:
     cls = type(instance)
     return provenance.is_observer(cls) and not getattr(cls, "every_process", False)
-
-
-def _silent() -> Console:
-    from rich.console import Console
-
-    return Console(quiet=True)
 
 
 def build_network(recipe: Recipe, hooks: Hooks, data: Data, console: Console | None = None) -> Run:

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
     from trainkit.data import Batch, Data
     from trainkit.processes import Processes
-    from trainkit.recipe import Recipe
     from trainkit.run import Metric, Run, Schedule
     from trainkit.session import Result
     from trainkit.transforms import Transform
@@ -72,11 +71,11 @@ class Build:
     """Everything that exists before the first step, in this order. A failure here leaves nothing behind."""
 
     @hookspec("one")
-    def processes(self, recipe: Recipe) -> Processes:
+    def processes(self, run: Run) -> Processes:
         """Join the processes that train the run together; without a plugin this process trains it alone.
 
         Args:
-            recipe: the recipe; nothing else exists yet.
+            run: the run; ``run.recipe`` alone exists.
 
         Returns:
             How they speak with each other: see :mod:`trainkit.processes`.

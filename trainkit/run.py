@@ -292,6 +292,12 @@ class Run:
             self._console = Console()
         return self._console
 
+    def silence(self) -> None:
+        """Print nothing from here on."""
+        from rich.console import Console
+
+        self._console = Console(quiet=True)
+
     def rng(self, purpose: str) -> np.random.Generator:
         """Return the random stream of one purpose at the current training batch (see :mod:`trainkit.rng`).
 

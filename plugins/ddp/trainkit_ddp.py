@@ -58,7 +58,7 @@ class DDP:
     timeout: float = field(default=10.0, validator=gt(0))
 
     @hookimpl
-    def processes(self, recipe: Recipe) -> Processes:
+    def processes(self, run: Run) -> Processes:
         """Join the other processes.
 
         Raises:
@@ -66,7 +66,7 @@ class DDP:
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return Processes()
-        return Group(self.backend or _default_backend(recipe), timedelta(minutes=self.timeout))
+        return Group(self.backend or _default_backend(run.recipe), timedelta(minutes=self.timeout))
 
     @hookimpl
     def transform_model(self, run: Run, model: nn.Module) -> nn.Module:

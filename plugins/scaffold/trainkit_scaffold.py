@@ -37,6 +37,7 @@ HOOKS = _specifications()
 
 # The last lines of a method: by hook where a run needs more than nothing, else by the hook's kind.
 ENDINGS = {
+    "processes": "return Processes()",
     "data": "return fake_data()",
     "epoch_order": "return arange(len(run.data.train))",
     "batches_per_step": "return 1",
@@ -218,7 +219,7 @@ KINDS = [
     ("Network", {"model", "transform_model"}),
     ("Transforms", {"transforms", "transform_batch"}),
     ("Training", {"loss", "transform_loss", "optimizer", "transform_optimizer", "scheduler", "contexts"}),
-    ("Training", {"batches_per_step", "backward", "gradients_ready", "optimizer_step", "eval_model"}),
+    ("Training", {"processes", "batches_per_step", "backward", "gradients_ready", "optimizer_step", "eval_model"}),
     ("Network", {"wrap_model"}),
     ("Seeing and keeping", {"metrics", "safe_point", "log"}),
     ("Training", {"built"}),

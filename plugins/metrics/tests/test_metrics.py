@@ -12,6 +12,8 @@ from trainkit.errors import RecipeError
 from trainkit.testing import assert_refuses, build_run, run_steps, watch
 from trainkit_metrics import Metrics
 
+ALONE = SimpleNamespace(world=1)
+
 
 def started(**options):
     """Return the plugin at the start of an epoch's training and of an evaluation."""
@@ -22,17 +24,17 @@ def started(**options):
 
 
 def begin(plugin, split):
-    plugin.eval_start(SimpleNamespace(split=split, device=torch.device("cpu")))
+    plugin.eval_start(SimpleNamespace(world=1, split=split, device=torch.device("cpu")))
 
 
 def feed(plugin, split, outputs, targets, loss):
-    run = SimpleNamespace(split=split)
+    run = SimpleNamespace(world=1, split=split)
     batch = Batch(torch.zeros(len(targets), 1, 1, 1), torch.as_tensor(targets))
     plugin.forward_end(run, batch, torch.as_tensor(outputs), torch.as_tensor(loss))
 
 
 def values(plugin, split):
-    return {name: float(metric.value) for name, metric in plugin.metrics(split).items()}
+    return {name: float(metric.value) for name, metric in plugin.metrics(ALONE, split).items()}
 
 
 logits = st.integers(-2, 2).map(float) | st.sampled_from([math.nan, math.inf, -math.inf])  # few values: ties are common
@@ -55,7 +57,7 @@ def test_means_are_over_images_ties_go_to_the_first_class_and_what_is_not_finite
         feed(metrics, "test", [row for row, _ in images], [target for _, target in images], loss)
         losses += [loss] * len(images)
         hits += [all(map(math.isfinite, row)) and row.index(max(row)) == target for row, target in images]
-    assert metrics.metrics("test")["loss"].value.dtype == torch.float64
+    assert metrics.metrics(ALONE, "test")["loss"].value.dtype == torch.float64
     found = values(metrics, "test")
     assert found["loss"] == pytest.approx(math.fsum(losses) / len(losses), rel=1e-14)
     assert found["accuracy"] == 100 * sum(hits) / len(hits)
@@ -92,14 +94,14 @@ def test_splits_are_apart_and_each_begins_anew():
     metrics = started()
     feed(metrics, "train", [[1.0, 0.0]], [0], 4.0)
     feed(metrics, "test", [[1.0, 0.0]], [1], 2.0)
-    reported = metrics.metrics("train")
+    reported = metrics.metrics(ALONE, "train")
     assert values(metrics, "test") == {"loss": 2.0, "accuracy": 0.0}
     begin(metrics, "test")
-    assert metrics.metrics("test") is None
-    assert metrics.metrics("validation") is None
+    assert metrics.metrics(ALONE, "test") is None
+    assert metrics.metrics(ALONE, "validation") is None
     assert values(metrics, "train") == {"loss": 4.0, "accuracy": 100.0}
     metrics.epoch_start(SimpleNamespace(device=torch.device("cpu")))
-    assert metrics.metrics("train") is None
+    assert metrics.metrics(ALONE, "train") is None
     assert [float(metric.value) for metric in reported.values()] == [4.0, 100.0]  # what was reported stays
 
 
@@ -192,7 +194,7 @@ def test_a_loaded_state_moves_to_the_device_of_the_run():
     feed(metrics, "train", [[1.0, 0.0]], [0], 4.0)
     other.load_state_dict(metrics.state_dict())
     other.fit_start(SimpleNamespace(device=torch.device("meta")))
-    assert other.metrics("train")["loss"].value.device.type == "meta"
+    assert other.metrics(ALONE, "train")["loss"].value.device.type == "meta"
 
 
 def test_every_cannot_be_negative():

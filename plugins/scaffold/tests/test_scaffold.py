@@ -128,7 +128,7 @@ def test_an_unknown_hook_gets_the_nearest_one(tmp_path, capsys):
     assert new("zebra", "--hook", "transform_modl", "--folder", tmp_path) == 2
     assert "did you mean 'transform_model'?" in capsys.readouterr().err
     assert new("zebra", "--hook", "fit_start", "qqq", "--folder", tmp_path) == 2
-    assert "there are data, transform_data, " in capsys.readouterr().err
+    assert "there are processes, data, transform_data, " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
