@@ -67,6 +67,9 @@ def test_a_hook_that_raises(hook, tmp_path):
     else:
         assert type(caught.value) is RunError
         result = json.loads((tmp_path / "run" / "result.json").read_text())
+        if hook == "result_written":  # too late to change it
+            assert result["status"] == "completed"
+            return
         assert (result["status"], result["reason"]) == ("failed", f"RunError: {caught.value}")
 
 

@@ -246,6 +246,16 @@ def test_metadata_without_a_name_are_reported(site, capsys):
     assert "METADATA of the package that offers 'zebra' ('x:X')" in capsys.readouterr().err
 
 
+def test_a_package_without_a_summary_is_found_beside_the_backport_of_importlib_metadata(site):
+    pytest.importorskip("importlib_metadata")
+    info = distribution(site, "acme-zebra", entries="zebra = x:X")
+    (info / "METADATA").write_text("Name: acme-zebra\nVersion: 1.0\n")
+    code = "import importlib_metadata; from trainkit.registry import installed; print(installed()['zebra'][0].summary)"
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("\n", "")
+
+
 def test_no_terminal_escape_leaves_the_metadata(site):
     info = distribution(site, "acme-zebra", entries="zebra = x:X")
     (info / "METADATA").write_text("Name: acme-zebra\nVersion: 1.0\nSummary: \x1b[2J Zebra\x07 é \u202e\n folded\n")

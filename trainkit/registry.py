@@ -133,7 +133,9 @@ def installed(group: str = PLUGINS) -> dict[str, list[Installed]]:
             continue
         try:
             meta = dist.metadata
-            name, version, summary = meta["Name"], meta["Version"], meta["Summary"] or ""
+            # Once it is imported, the backport importlib_metadata finds packages, too; its meta["Summary"] can raise.
+            name, version = meta["Name"], meta["Version"]
+            summary = next(iter(meta.get_all("Summary") or []), "")
         except Exception:  # parsing a damaged file may raise anything
             name, version, summary = None, None, ""
         if not name or not version:
