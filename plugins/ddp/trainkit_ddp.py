@@ -46,7 +46,6 @@ class DDP:
         backend: of torch.distributed; by default ``nccl`` on GPUs and ``gloo`` on CPUs.
         sync_batch_norm: normalize by the statistics of whole batches. That costs two exchanges a layer in each
             direction.
-        find_unused_parameters: look in each step for parameters that the loss does not depend on.
         timeout: minutes after which a process that waits in vain for another one fails; greater than 0.
     """
 
@@ -54,7 +53,6 @@ class DDP:
 
     backend: str | None = None
     sync_batch_norm: bool = False
-    find_unused_parameters: bool = False
     timeout: float = field(default=10.0, validator=gt(0))
 
     @hookimpl
@@ -83,7 +81,9 @@ class DDP:
             run,
             device_ids=[run.device] if run.device.type == "cuda" else None,
             broadcast_buffers=False,  # they are averaged instead
-            find_unused_parameters=self.find_unused_parameters,
+            # Else torch sorts gradients anew after the first step, also the first after a resume: with three processes
+            # or more, sums would be rounded otherwise there.
+            find_unused_parameters=True,
         )
 
     @hookimpl

@@ -135,7 +135,7 @@ class Progress:
     def _speed_so_far(self, run: Run) -> str:
         size = run.batches[self._split].batch_size
         images = run.images_per_epoch if self._split == "train" else len(run.batches[self._split].split)
-        seen = min((self._before + self._batches) * size, images) - self._before * size
+        seen = min((self._before + self._batches) * size, images) - min(self._before * size, images)
         speed = seen / ((perf_counter() - self._began) or inf)
         return f"{speed:,.0f} img/s" if speed >= 10 else f"{speed:.1f} img/s"
 
