@@ -25,7 +25,7 @@ from trainkit.cli.output import add_allow_local, print_json, printable, table, t
 from trainkit.errors import TrainkitError, UsageError
 from trainkit.recipe import load_recipe
 from trainkit.registry import COMMANDS, base_name, installed, only
-from trainkit.rundir import MAX_LOG, read_regular
+from trainkit.rundir import MAX_LOG, atomic_write, read_regular
 from trainkit_ledger import FILE, START, Ledger, chain_of, link, record_line, recorded_files
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Verification:
     """What came of checking a run directory; :meth:`sentence` is what a reviewer can quote."""
 
     run: str
+    chain: str = ""  #: the ledger's last hash; empty where the ledger cannot be read
     checks: list[Check] = field(factory=list)
     steps: int = 0  #: of the whole run
     replayed: int = 0  #: steps that were replayed and came out identical
@@ -77,6 +78,20 @@ class Verification:
     def add(self, what: str, verdict: Verdict, detail: str) -> None:
         """Note a check."""
         self.checks.append(Check(what, verdict, detail))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what was found as plain values; the last hash of the ledger tells which run it is of."""
+        return {
+            "run": self.run,
+            "ledger": self.chain,
+            "checks": [attrs.asdict(check) for check in self.checks],
+            "steps": self.steps,
+            "replayed": self.replayed,
+            "comparable": self.comparable,
+            "passed": self.passed,
+            "proved": self.proved,
+            "sentence": self.sentence(),
+        }
 
     @property
     def proved(self) -> bool:
@@ -203,6 +218,7 @@ def verify(
     if not _check_ledger(stored, found):
         return found
     found.steps = stored.entries[-1]["step"]
+    found.chain = stored.entries[-1]["chain"]
     _check_checkpoints(stored, found)
     _check_results(stored, found)
     progress("record against this machine")
@@ -1065,6 +1081,7 @@ examples:
         )
         parser.add_argument("--public-key", type=Path, metavar="PEM", help="whose signature an archive must have")
         add_allow_local(parser)
+        parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="also write what was found as JSON")
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     @staticmethod
@@ -1086,11 +1103,13 @@ examples:
         found.run = str(args.run)
         if signature is not None:
             found.checks.insert(0, signature)
+        if args.output is not None:
+            try:
+                atomic_write(args.output, json.dumps(found.to_json(), indent=2) + "\n")
+            except OSError as problem:
+                raise UsageError(f"{args.output}: cannot be written: {problem.strerror}") from problem
         if args.json:
-            checks = [attrs.asdict(check) for check in found.checks]
-            facts = {"steps": found.steps, "replayed": found.replayed, "comparable": found.comparable}
-            told = {"passed": found.passed, "proved": found.proved, "sentence": found.sentence()}
-            print_json({"run": found.run, "checks": checks, **facts, **told})
+            print_json(found.to_json())
         else:
             rows = [(check.what, check.verdict, check.detail) for check in found.checks]
             made = table(["", "verdict", "what was found"], rows)

@@ -190,8 +190,10 @@ def test_a_run_without_a_ledger_cannot_be_verified(run, capsys):
 
 
 def test_json_says_the_same(run, capsys):
-    assert main(["verify", "run", "--json"]) == 0
+    assert main(["verify", "run", "--json", "-o", "verified.json"]) == 0
     said = json.loads(capsys.readouterr().out)
+    assert json.loads(Path("verified.json").read_text()) == said
+    assert said["ledger"] == json.loads(Path("run/result.json").read_text())["evidence"]["ledger"]["chain"]
     assert (said["passed"], said["proved"], said["steps"], said["replayed"]) == (True, True, 18, 18)
     assert {check["verdict"] for check in said["checks"]} == {"proved"}
     assert said["sentence"] == found("run").sentence()
