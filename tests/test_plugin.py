@@ -235,6 +235,19 @@ def test_hookspecs_are_classes(given):
         plugin(type("P", (), {"hookspecs": given}))
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"observer": "yes"}, "field 'observer': expected True or False, got 'yes'"),
+        ({"observer": True, "every_process": 1}, "field 'every_process': expected True or False, got 1"),
+        ({"every_process": True}, "field 'every_process': it is for observers: .* add `observer = True`"),
+    ],
+)
+def test_flags_are_true_or_false_and_only_observers_may_miss_processes(flags, said):
+    with pytest.raises(PluginError, match=said):
+        plugin(type("P", (), flags))
+
+
 def test_options_may_be_called_like_a_constraint():
     @plugin
     class P:

@@ -19,7 +19,7 @@ from trainkit import numerics, provenance
 from trainkit.data import Batches, Data
 from trainkit.errors import PluginError, RecipeError
 from trainkit.hooks import CallWrapper, Hooks, Implementation, load_plugins
-from trainkit.plugin import declared
+from trainkit.plugin import declared, is_observer, watches_in_every_process
 from trainkit.processes import Processes
 from trainkit.recipe import Recipe
 from trainkit.registry import base_name
@@ -120,7 +120,7 @@ def _alone(run: Run) -> Processes:
 
 def _watches_once(instance: Any) -> bool:
     cls = type(instance)
-    return provenance.is_observer(cls) and not getattr(cls, "every_process", False)
+    return is_observer(cls) and not watches_in_every_process(cls)
 
 
 def build_network(recipe: Recipe, hooks: Hooks, data: Data, console: Console | None = None) -> Run:

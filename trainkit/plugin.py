@@ -28,7 +28,15 @@ from trainkit.options import annotation_of, objection_to, wrong
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["declared", "hookimpl", "matching_modules", "plugin", "recipe_file"]
+__all__ = [
+    "declared",
+    "hookimpl",
+    "is_observer",
+    "matching_modules",
+    "plugin",
+    "recipe_file",
+    "watches_in_every_process",
+]
 
 C = TypeVar("C", bound=type)
 
@@ -108,6 +116,20 @@ def declared(cls: type, constraint: str) -> tuple[Any, ...]:
     return tuple(getattr(cls, constraint, ()))
 
 
+def is_observer(cls: type) -> bool:
+    """Tell whether a plugin's class says that it only watches: ``observer = True``."""
+    return _flag(cls, "observer")
+
+
+def watches_in_every_process(cls: type) -> bool:
+    """Tell whether an observer's class says ``every_process = True``; else the first process alone has it."""
+    return _flag(cls, "every_process")
+
+
+def _flag(cls: type, name: str) -> bool:
+    return name not in attrs.fields_dict(cls) and bool(getattr(cls, name, False))
+
+
 def _check_fields(cls: type) -> None:
     hooks = {name for phase in PHASES for name in vars(phase) if not name.startswith("_")}
     for option in attrs.fields(cls):
@@ -128,6 +150,16 @@ def _check_fields(cls: type) -> None:
 
 
 def _check_declarations(cls: type) -> None:
+    for flag in ("observer", "every_process"):
+        given = getattr(cls, flag, False)
+        if flag not in attrs.fields_dict(cls) and not isinstance(given, bool):
+            raise wrong(cls, flag, f"expected True or False, got {given!r}")
+    if watches_in_every_process(cls) and not is_observer(cls):
+        raise wrong(
+            cls,
+            "every_process",
+            "it is for observers: any other plugin takes part in every process; add `observer = True`, or remove it",
+        )
     for constraint in ("after", "before", "conflicts", "claims", "without_effect", "hookspecs"):
         if constraint in attrs.fields_dict(cls):
             continue

@@ -34,6 +34,7 @@ import attrs
 from trainkit import __version__
 from trainkit.errors import CheckpointError, PluginError, UsageError
 from trainkit.plugin import declared as declared_by
+from trainkit.plugin import is_observer
 from trainkit.recipe import needed_files
 from trainkit.registry import program, requirements
 from trainkit.rundir import open_regular
@@ -174,11 +175,6 @@ def plugin_records(plugins: Mapping[str, LoadedPlugin]) -> list[dict[str, Any]]:
         }
         for name, plugin in plugins.items()
     ]
-
-
-def is_observer(cls: type) -> bool:
-    """Tell whether a plugin's class says that it only watches: ``observer = True``."""
-    return "observer" not in attrs.fields_dict(cls) and bool(getattr(cls, "observer", False))
 
 
 def options_of(instance: Any) -> dict[str, Any]:

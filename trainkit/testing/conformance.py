@@ -20,8 +20,7 @@ from attrs import field
 from torch import Tensor
 
 from trainkit.errors import CheckpointError, TrainkitError
-from trainkit.plugin import declared, hookimpl, plugin
-from trainkit.provenance import is_observer
+from trainkit.plugin import declared, hookimpl, is_observer, plugin
 from trainkit.recipe import Recipe, from_dict, load_recipe, make_options
 from trainkit.run import Run
 from trainkit.rundir import RunDir, pack_state

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import trainkit
+from trainkit.cli import main
 from trainkit_ddp import SyncBatchNorm, synchronized
 
 RECIPE = """
@@ -119,13 +120,22 @@ def test_a_killed_process_is_started_anew_and_every_bit_is_that_of_an_undisturbe
     assert json.loads((folder / "killed" / "result.json").read_text())["resumed"]
 
 
-def test_a_stop_that_one_process_is_asked_for_is_agreed_on(folder):
+def test_a_stop_is_agreed_on_and_another_number_of_processes_goes_on(folder, two, capsys, monkeypatch):
     process = torchrun(folder, "run", "recipe.yaml", "--run-dir", "stopped")
     signal_one(process, signal.SIGTERM, folder / "stopped")
     code, output = finished(process)
     assert code == 1, output
     assert output.count("stopped by SIGTERM; continue with: trainkit resume stopped") == 1
     assert json.loads((folder / "stopped" / "result.json").read_text())["reason"] == "SIGTERM"
+
+    monkeypatch.chdir(folder)
+    assert main(["resume", "stopped"]) == 2  # one process now
+    assert "declared.ddp" in capsys.readouterr().err
+    assert main(["resume", "stopped", "--allow-changes"]) == 0
+    for ours, theirs in zip(rows(folder / "stopped"), rows(two[0]), strict=True):
+        assert (ours["step"], ours["lr"]) == (theirs["step"], theirs["lr"])
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+        assert ours["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-3)
 
 
 def test_synchronized_keeps_names_values_and_what_is_shared():
