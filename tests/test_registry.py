@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -174,6 +175,7 @@ def test_damaged_entry_points_of_a_plugin_are_named_once_and_passed_over(site, c
         assert installed()["okapi"][0].distribution == "acme-okapi"
     said = capsys.readouterr().err
     (info / "entry_points.txt").write_bytes(b"\xff\xfe[")
+    site.touch()  # as whatever installs or removes a package does
     installed()
     said += capsys.readouterr().err
     assert said.count("warning: entry_points.txt of 'acme-broken' cannot be read") == 1
@@ -197,6 +199,7 @@ def test_no_metadata_of_another_package_breaks_a_command(site, entry_points, met
     (info / "entry_points.txt").write_bytes(b"[trainkit.plugins]\nzebra = x:X\n" + entry_points)
     (info / "METADATA").write_bytes(b"Name: acme-fuzz\nVersion: 1.0\nRequires-Dist: " + metadata)
     (info / "direct_url.json").write_bytes(direct_url)
+    site.touch()
     have = installed()
     assert "okapi" in have
     for record in have.get("zebra", []):
@@ -414,3 +417,12 @@ def test_who_provides_a_hook_is_told_without_importing_anything(site):
     assert "cross_entropy" in found
     assert not {"okapi", "no", "sgd"} & set(found)
     assert "acme_loss" not in sys.modules
+
+
+def test_what_is_installed_and_removed_in_a_process_is_seen(site):
+    distribution(site, "acme-okapi", entries="okapi = x:Y")
+    assert "okapi" in installed()
+    info = distribution(site, "acme-zebra", entries="zebra = x:Y")
+    assert {"okapi", "zebra"} <= installed().keys()
+    shutil.rmtree(info)
+    assert "zebra" not in installed()

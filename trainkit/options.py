@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import attrs
 
@@ -61,7 +61,7 @@ def annotation_of(cls: type, option: attrs.Attribute[Any]) -> Any:
     module = sys.modules.get(owner.__module__)
     names = vars(module) if module else {}
     alone = SimpleNamespace(__annotations__={option.name: option.type})
-    return get_type_hints(alone, globalns=names, localns=dict(vars(owner)), include_extras=True)[option.name]
+    return get_type_hints(alone, globalns=names, localns=dict(vars(owner)))[option.name]
 
 
 def objection_to(annotation: Any, inside: type | None = None, exact: bool = False, seen: tuple[type, ...] = ()) -> str:
@@ -77,8 +77,6 @@ def objection_to(annotation: Any, inside: type | None = None, exact: bool = Fals
     arguments = get_args(annotation)
     name = type_name(annotation)
     is_class = isinstance(annotation, type) and (attrs.has(annotation) or dataclasses.is_dataclass(annotation))
-    if origin is Annotated:
-        return objection_to(arguments[0], inside, exact, seen)
     if inside is tuple and (origin in (list, dict, tuple) or is_class):
         return f"the elements of a tuple cannot be checked against {name}; use list[...] for the tuple"
     if inside in (list, dict) and origin is tuple:
@@ -114,7 +112,7 @@ def _first_objection(types: Iterable[Any], inside: type | None, exact: bool, see
 
 def _class_objection(cls: type, seen: tuple[type, ...]) -> str:
     """Look at all fields of a nested class: omegaconf takes those that are not for its constructor, too."""
-    annotations = get_type_hints(cls, include_extras=True)
+    annotations = get_type_hints(cls)
     fields = attrs.fields(cls) if attrs.has(cls) else dataclasses.fields(cls)
     for each in fields:
         if objection := objection_to(annotations.get(each.name), seen=seen):
@@ -158,8 +156,6 @@ def options_of(cls: type) -> list[Option]:
 def _notation(annotation: Any) -> str:
     """Return a type as a recipe's value is written: ``[int, ...]`` for a list of integers."""
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _notation(arguments[0])
     if origin is Literal:
         return " or ".join(map(_value, arguments))
     if origin in (Union, UnionType):

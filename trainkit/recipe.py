@@ -12,15 +12,16 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
 import attrs
 import yaml
 from attrs import field
 from attrs.validators import ge, gt, optional
-from omegaconf import OmegaConf, SCMode
+from omegaconf import DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 from trainkit.errors import PluginError, RecipeError, did_you_mean
@@ -283,9 +284,8 @@ def _convert(place: str, annotation: Any, value: Any) -> Any:
         raise RecipeError(
             f"{place}: expected a text, got {str(value).lower()}, as which YAML reads yes, no, on and off; quote it"
         )
-    schema = attrs.make_class("Options", {"value": attrs.field(type=annotation)})
     try:
-        config = OmegaConf.merge(OmegaConf.structured(schema), {"value": value})
+        config = OmegaConf.merge(_schema(annotation), {"value": value})
         options = OmegaConf.to_container(config, throw_on_missing=True, structured_config_mode=SCMode.INSTANTIATE)
         converted = options.value  # type: ignore[union-attr]
     except (OmegaConfBaseException, ValueError, TypeError, ArithmeticError, RecursionError) as error:
@@ -298,6 +298,13 @@ def _convert(place: str, annotation: Any, value: Any) -> Any:
     return converted
 
 
+@cache
+def _schema(annotation: Any) -> DictConfig:
+    """Return the structured configuration of one field of a type."""
+    config: DictConfig = OmegaConf.structured(attrs.make_class("Options", {"value": attrs.field(type=annotation)}))
+    return config
+
+
 def _fits(value: Any, annotation: Any) -> bool:
     """Tell whether a value is of a type.
 
@@ -305,8 +312,6 @@ def _fits(value: Any, annotation: Any) -> bool:
     """
     origin = get_origin(annotation) or annotation
     arguments = get_args(annotation)
-    if origin is Annotated:
-        return _fits(value, arguments[0])
     if origin in (Union, UnionType):
         return any(_fits(value, member) for member in arguments)
     if origin is Literal:

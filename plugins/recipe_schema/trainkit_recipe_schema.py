@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import attrs
 
@@ -102,8 +102,6 @@ def _recipe_meanings() -> Mapping[str, Any]:
 def _type_schema(annotation: Any) -> dict[str, Any]:
     """Return the schema of a type that an option may have."""
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _type_schema(arguments[0])
     if origin is Literal:
         return {"enum": list(arguments)}
     if origin in (Union, UnionType):
