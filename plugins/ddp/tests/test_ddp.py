@@ -1,5 +1,6 @@
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import trainkit
 from trainkit.cli import main
@@ -17,12 +20,12 @@ from trainkit_ddp import SyncBatchNorm, synchronized
 RECIPE = """
 name: several
 epochs: 2
-batch_size: 50
+batch_size: 160
 plugins:
   digits:
   random_crop: {size: 8, padding: 1}
   random_horizontal_flip:
-  resnet: {stem: 4, blocks: [2, 2], channels: [4, 8]}
+  resnet: {stem: 4, blocks: [1, 2], channels: [4, 8]}
   kernel_sharing: {within: ["stages.1"]}
   cross_entropy:
   sgd: {lr: 0.01, momentum: 0.9}
@@ -34,28 +37,58 @@ plugins:
   confusion_matrix:
   metric_log:
   ledger:
-  checkpoint: {every_steps: 3}
-"""  # 1,437 images: the last batch has 37, and the last step one batch
+  checkpoint: {every_steps: 2}
+"""  # 1,437 images: the last batch has 157, and the last step one batch
 
 pytestmark = pytest.mark.slow
 
+_context = multiprocessing.get_context("forkserver")
 
-def torchrun(folder, *args, restarts=0):
+
+def torchrun(folder, *args):
+    """Run the real command to its end, and return its exit code and what was printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, f"--max-restarts={restarts}", "-m", "trainkit", *args],
+    ended = subprocess.run(
+        [*command, "-m", "trainkit", *args],
         cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
         text=True,
+        timeout=240,
+        check=False,
     )
+    return ended.returncode, ended.stdout + ended.stderr
 
 
-def finished(process):
-    output, _ = process.communicate(timeout=240)
-    return process.returncode, output
+class Launched:
+    """What torchrun does, with processes that are forked from one that has loaded torch."""
+
+    def __init__(self, folder, *args, restarts=0):
+        self._output = folder / f"{args[-1]}.txt"
+        self._process = _context.Process(target=_launch, args=(str(folder), str(self._output), restarts, args))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def finished(self):
+        self._process.join(240)
+        return self._process.exitcode, self._output.read_text()
+
+
+def _launch(folder, output, restarts, arguments):
+    os.chdir(folder)
+    for number in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    how = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork"}
+    config = LaunchConfig(1, 1, nproc_per_node=2, max_restarts=restarts, **how)
+    try:
+        elastic_launch(config, _work)(*arguments)
+    except ChildFailedError:
+        sys.exit(1)
+
+
+def _work(*arguments):
+    sys.exit(main(list(arguments)))
 
 
 def signal_one(process, number, run_dir):
@@ -87,7 +120,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(folder):
     """The run of two processes, and what they printed."""
-    code, output = finished(torchrun(folder, "run", "recipe.yaml", "--run-dir", "two"))
+    code, output = torchrun(folder, "run", "recipe.yaml", "--run-dir", "two")
     assert code == 0, output
     return folder / "two", output
 
@@ -111,9 +144,9 @@ def test_two_processes_train_as_one_does(folder, two):
 
 
 def test_a_killed_process_is_started_anew_and_every_bit_is_that_of_an_undisturbed_run(folder, two):
-    process = torchrun(folder, "run", "recipe.yaml", "--run-dir", "killed", restarts=1)
+    process = Launched(folder, "run", "recipe.yaml", "--run-dir", "killed", restarts=1)
     signal_one(process, signal.SIGKILL, folder / "killed")
-    code, output = finished(process)
+    code, output = process.finished()
     assert code == 0, output
     assert "the processes were started anew; the run goes on in killed" in output
     assert chain(folder / "killed") == chain(two[0])
@@ -121,9 +154,9 @@ def test_a_killed_process_is_started_anew_and_every_bit_is_that_of_an_undisturbe
 
 
 def test_a_stop_is_agreed_on_and_another_number_of_processes_goes_on(folder, two, capsys, monkeypatch):
-    process = torchrun(folder, "run", "recipe.yaml", "--run-dir", "stopped")
+    process = Launched(folder, "run", "recipe.yaml", "--run-dir", "stopped")
     signal_one(process, signal.SIGTERM, folder / "stopped")
-    code, output = finished(process)
+    code, output = process.finished()
     assert code == 1, output
     assert output.count("stopped by SIGTERM; continue with: trainkit resume stopped") == 1
     assert json.loads((folder / "stopped" / "result.json").read_text())["reason"] == "SIGTERM"
