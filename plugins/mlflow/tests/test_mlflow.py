@@ -1,18 +1,17 @@
 import json
 import math
+import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import sqlite3
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+import trainkit_studies
 from trainkit import fit
 from trainkit.cli import main
 from trainkit.plugin import hookimpl, plugin
@@ -37,6 +36,14 @@ plugins:
   checkpoint: {every_steps: 1}
 """
 NOWHERE = "http://127.0.0.1:9"  # where nothing listens
+
+
+def started(code):
+    """Run code in the current folder, in a process that has loaded torch and not MLflow, as a user's."""
+    code = f"import os, sys\nos.chdir({os.getcwd()!r})\nfrom trainkit.cli import main\n{code}"
+    process = multiprocessing.get_context("forkserver").Process(target=exec, args=(code, {}))
+    process.start()
+    return process
 
 
 @pytest.fixture(scope="module")
@@ -121,18 +128,17 @@ def test_a_dry_run_leaves_nothing(folder):
 @pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_is_one_run_with_each_value_once(folder):
     (folder / "watched.yaml").write_text(RECIPE.replace("epochs: 2", "epochs: 2000").replace("every_steps: 1", ""))
-    command = [sys.executable, "-m", "trainkit", "run", "watched.yaml", "--run-dir", "runs/k"]
-    started = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = started("main(['run', 'watched.yaml', '--run-dir', 'runs/k'])")
     try:
         deadline = time.monotonic() + 120
         while len(runs_of(folder)) == 0 or "test_loss" not in runs_of(folder)[0].data.metrics:
-            assert started.poll() is None
+            assert process.is_alive()
             assert time.monotonic() < deadline
             time.sleep(0.2)
         time.sleep(0.5)
     finally:
-        started.send_signal(signal.SIGKILL)
-        started.wait()
+        process.kill()
+        process.join()
     (run,) = runs_of(folder)
     assert run.info.status == "RUNNING"
     reached = max(step for step, _ in history(folder, run, "loss"))
@@ -165,8 +171,12 @@ def test_a_repeated_step_with_another_value_is_there_twice_and_the_later_is_the_
     assert json.loads(run.data.tags["trainkit.resumed"])[-1]["step"] == 1
 
 
-@pytest.mark.slow
-def test_a_study_is_one_experiment_in_one_store(folder):
+def test_a_study_is_one_experiment_in_one_store(folder, monkeypatch):
+    class Here:  # runs start no processes, which would load torch and MLflow each
+        def train(self, planned, options, variables):
+            return main(planned.command(options))
+
+    monkeypatch.setattr(trainkit_studies, "LocalProcesses", lambda quiet: Here())
     assert main(["run", "watched.yaml", "--seeds", "0-1"]) == 0
     runs = runs_of(folder)
     assert {run.data.tags["trainkit.seed"] for run in runs} == {"0", "1"}
@@ -355,18 +365,19 @@ def test_it_keeps_the_promises_of_every_plugin(made, tmp_path):
 
 @pytest.mark.slow
 def test_the_users_settings_come_back_and_telemetry_is_off(folder):
-    code = (
-        "import os, sys; before = dict(os.environ)\n"
-        "from trainkit.cli import main\n"
+    process = started(
+        "import threading\n"
+        "os.dup2(os.open('said.txt', os.O_WRONLY | os.O_CREAT), 2)\n"
+        "for name in [n for n in os.environ if n.startswith(('MLFLOW', 'PYTEST', 'CI', 'DO_NOT_TRACK'))]:\n"
+        "    del os.environ[name]\n"
         "assert main(['plugins', 'list']) == 0 and 'mlflow' not in sys.modules\n"
         "assert main(['run', 'watched.yaml', '--run-dir', 'runs/a']) == 0\n"
         "from mlflow.telemetry import get_telemetry_client\n"
-        "import threading\n"
         "assert get_telemetry_client() is None\n"
         "assert threading.enumerate() == [threading.main_thread()]\n"
-        "assert {k: v for k, v in os.environ.items() if k.startswith('MLFLOW')} == {}\n"
+        "assert [name for name in os.environ if name.startswith('MLFLOW')] == []\n"
     )
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "PYTEST", "CI", "DO_NOT_TRACK"))}
-    done = subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "INFO" not in done.stderr
+    process.join()
+    said = Path("said.txt").read_text()
+    assert process.exitcode == 0, said
+    assert "INFO" not in said
