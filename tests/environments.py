@@ -1,6 +1,6 @@
 """Environments for tests that install packages for real: without this checkout, without an index, within seconds.
 
-Whatever else is installed here, such as torch, is linked into them; trainkit and plugins come as wheels, by pip.
+Whatever else is installed here, such as torch, is linked into them; trainkit and plugins come as wheels.
 """
 
 import json
@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from flit_core.wheel import make_wheel_in
+from uv import find_uv_bin
 
 ROOT = Path(__file__).parents[1]
 PLUGINS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))}
@@ -76,9 +77,14 @@ class Environment:
         done = self(sys.executable, "-m", "pip", "--python", self.python, *arguments, cwd=cwd, **variables)
         assert done.returncode == 0, done.stderr
 
+    def uv(self, *arguments):
+        """Run `uv pip`, offline, which does for a hundred packages in a second what takes pip half a minute."""
+        done = self(find_uv_bin(), "pip", *arguments, "--python", self.python, "--offline", "--quiet")
+        assert done.returncode == 0, done.stderr
+
     def install(self, *projects):
         """Build the wheels of projects and install them."""
-        self.pip("install", *map(wheel, projects))
+        self.uv("install", "--no-index", "--no-deps", *map(wheel, projects))
 
     def trainkit(self, *arguments, cwd=None):
         """Run the installed command line."""
@@ -91,6 +97,6 @@ class Environment:
         return json.loads(done.stdout.splitlines()[-1])
 
     def listing(self):
-        """Return the paths of all files but compiled ones."""
+        """Return the paths of all files but compiled ones and uv's lock."""
         files = (path.relative_to(self.folder) for path in self.folder.rglob("*") if not path.is_dir())
-        return {path.as_posix() for path in files if "__pycache__" not in path.parts}
+        return {path.as_posix() for path in files if "__pycache__" not in path.parts} - {".lock"}

@@ -273,14 +273,15 @@ def test_it_works_alone_beside_the_core(plugin, alone):
 
 
 def files(plugin):
-    """Return what pip makes of a plugin's wheel, as paths in an environment's site-packages."""
+    """Return what an installer makes of a plugin's wheel, as paths in an environment's site-packages."""
     info = f"trainkit_{plugin}-{__version__}.dist-info"
+    noted = ("INSTALLER", "REQUESTED", "direct_url.json", "uv_cache.json")
     with zipfile.ZipFile(wheel(PLUGINS[plugin])) as archive:
-        return {*archive.namelist(), f"{info}/INSTALLER", f"{info}/REQUESTED", f"{info}/direct_url.json"}
+        return {*archive.namelist(), *(f"{info}/{name}" for name in noted)}
 
 
 def test_uninstalling_leaves_nothing_and_the_rest_works():
-    """Some are uninstalled one by one (a second each); of all others, together, only what is left is looked at."""
+    """Some are uninstalled by pip, one by one; of all others, together, only what is left is looked at."""
     env = Environment()
     env.install(ROOT)
     empty = env.listing()
@@ -305,7 +306,7 @@ def test_uninstalling_leaves_nothing_and_the_rest_works():
 
     env.pip("install", "--no-build-isolation", *line.split()[2:], cwd=ROOT)
     assert "sgd" in listed(env)
-    env.pip("uninstall", "-y", *(distribution(plugin) for plugin in PLUGINS if plugin != "runs"))
+    env.uv("uninstall", *(distribution(plugin) for plugin in PLUGINS if plugin != "runs"))
     assert env.listing() == empty
 
 
