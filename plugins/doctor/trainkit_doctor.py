@@ -12,7 +12,8 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from urllib.request import url2pathname
 
 import attrs
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from trainkit.cli.output import print_json, table, terminal
 from trainkit.registry import COMMANDS, PLUGINS, installed, program
@@ -133,11 +135,12 @@ def _metadata() -> Iterator[Finding]:
             if len(entries) > 1:
                 claims = " and ".join(entry.distribution for entry in entries)
                 yield Finding(f"{kind} {name}", "problem", f"{claims} claim it", "pip uninstall one of them")
-    for name, versions in _distributions().items():
+    ours, in_use = _distributions()
+    for name, versions in ours.items():
         if len(versions) > 1:
             yield Finding(name, "problem", f"{' and '.join(versions)} at once", "uninstall it until none is left")
         for dist in versions.values():
-            for look in (_source, _requirements):
+            for look in (_source, partial(_requirements, in_use=in_use)):
                 try:
                     yield from look(dist)
                 except Exception as error:  # parsing a damaged file may raise anything
@@ -145,18 +148,26 @@ def _metadata() -> Iterator[Finding]:
                     yield Finding(name, "problem", f"cannot be understood: {said}", "install it again")
 
 
-def _distributions() -> dict[str, dict[str, Distribution]]:
-    """Return trainkit, torchvision and all that provide plugins or commands, by name and version."""
-    found: dict[str, dict[str, Distribution]] = {}
+def _distributions() -> tuple[dict[str, dict[str, Distribution]], dict[str, str]]:
+    """Read all distributions once.
+
+    Returns:
+        trainkit, torchvision and all that provide plugins or commands, by name and version; and of every distribution
+        the version that is in use, by its canonical name.
+    """
+    ours: dict[str, dict[str, Distribution]] = {}
+    in_use: dict[str, str] = {}
     for dist in distributions():
         try:
-            name, version = dist.name, dist.version
+            metadata = dist.metadata
+            name, version = metadata["Name"], metadata["Version"]
+            in_use.setdefault(canonicalize_name(name), version or "unknown")
             groups = {entry.group for entry in dist.entry_points}
         except Exception:  # parsing a damaged file may raise anything; what could concern us was reported
             continue
-        if name and (groups & {PLUGINS, COMMANDS} or name in ("trainkit", "torchvision")):
-            found.setdefault(name, {}).setdefault(version, dist)
-    return found
+        if groups & {PLUGINS, COMMANDS} or name in ("trainkit", "torchvision"):
+            ours.setdefault(name, {}).setdefault(version, dist)
+    return ours, in_use
 
 
 def _source(dist: Distribution) -> Iterator[Finding]:
@@ -177,12 +188,12 @@ def _source(dist: Distribution) -> Iterator[Finding]:
         yield Finding(dist.name, "problem", f"installed as {dist.version}, and its folder has {version}", cure)
 
 
-def _requirements(dist: Distribution) -> Iterator[Finding]:
+def _requirements(dist: Distribution, in_use: Mapping[str, str]) -> Iterator[Finding]:
     """Look at the requirements of a distribution, without those of its extras."""
     for need in map(Requirement, dist.requires or []):
         if need.marker is not None and not need.marker.evaluate({"extra": ""}):
             continue
-        have = next(_versions(need.name), None)
+        have = in_use.get(canonicalize_name(need.name)) or next(_versions(need.name), None)
         if have is None or not need.specifier.contains(have, prereleases=True):
             # On the public index, the name trainkit belongs to another project.
             cure = "install both from one checkout" if "trainkit" in need.name else f"pip install {str(need)!r}"
