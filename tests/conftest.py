@@ -50,9 +50,9 @@ def small(tmp_path, monkeypatch):
 def trainkit(tmp_path):
     """Starts the real command line in an empty directory."""
 
-    def start(*args, timeout=120, **options):
+    def start(*args, timeout=120, before=None, **options):
         if not options:  # as the command line is started, but for loading torch
-            with Process(*args, folder=tmp_path) as process:
+            with Process(*args, folder=tmp_path, before=before) as process:
                 process.wait(timeout)
                 return SimpleNamespace(
                     returncode=process.returncode, stdout=process.printed("stdout"), stderr=process.printed("stderr")

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,30 @@ from trainkit.cli import main
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["trainkit.cli.run", "trainkit.session", "torchvision", "rich.console", "omegaconf"])
+
+
+def import_from(folder):
+    """Let a process find packages in a folder first."""
+    sys.path.insert(0, str(folder))
+
+
+def print_into(path):
+    """Let a process print into a file, such as a full disk."""
+    os.dup2(os.open(path, os.O_WRONLY), 1)
+
+
+def print_for_nobody():
+    """Let a process print into a pipe that its reader has closed."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  (what was opened for a file would seek)
+
+
+def print_ascii():
+    """Let a process print in an encoding that has none but ASCII's letters."""
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")
+    sys.stderr.reconfigure(encoding="ascii", errors="backslashreplace")
 
 
 class Process:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from trainkit.cli import main
 from trainkit.cli.output import number, printable, table, terminal
 from trainkit.cli.run import _resume_command
 from trainkit.rundir import RunDir, pack_state
+
+from .processes import print_ascii, print_for_nobody, print_into
 
 
 @pytest.mark.slow
@@ -67,12 +70,9 @@ def test_dry_run_knows_what_the_recipe_will_report(small, capsys):
 
 
 @pytest.mark.slow
-def test_a_reader_that_has_seen_enough_does_not_end_a_run(small):
-    command = [sys.executable, "-m", "trainkit", "run", str(small), "--run-dir", "out", "plugins.progress={}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.close()
-    errors = process.stderr.read()
-    assert (process.wait(timeout=120), errors) == (0, "")
+def test_a_reader_that_has_seen_enough_does_not_end_a_run(small, trainkit):
+    done = trainkit("run", small, "--run-dir", "out", "plugins.progress={}", before=print_for_nobody)
+    assert (done.returncode, done.stderr) == (0, "")
     assert json.loads((small.parent / "out" / "result.json").read_text())["status"] == "completed"
 
 
@@ -272,27 +272,17 @@ def test_a_terminal_that_is_gone_is_one_paragraph():
     assert "the output cannot be written: Input/output error" in done.stderr
 
 
-def test_a_run_goes_on_when_its_output_cannot_be_written(small):
-    with open("/dev/full", "w") as full:
-        done = start("run", small, "--run-dir", "out", "plugins.progress={}", stdout=full, cwd=small.parent)
+def test_a_run_goes_on_when_its_output_cannot_be_written(small, trainkit):
+    full = partial(print_into, "/dev/full")
+    done = trainkit("run", small, "--run-dir", "out", "plugins.progress={}", before=full)
     assert done.stderr.count("the output cannot be written") == 1
     assert done.returncode == 1
     assert json.loads((small.parent / "out" / "result.json").read_text())["status"] == "completed"
 
 
-def test_an_encoding_without_our_letters_ends_nothing(small):
+def test_an_encoding_without_our_letters_ends_nothing(small, trainkit):
     folder = small.parent / "caf\u00e9 \u2028"
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    done = start(
-        "run",
-        small,
-        "--run-dir",
-        folder,
-        "plugins.progress={}",
-        stdout=subprocess.PIPE,
-        cwd=small.parent,
-        env=environment,
-    )
+    done = trainkit("run", small, "--run-dir", folder, "plugins.progress={}", before=print_ascii)
     assert (done.returncode, done.stderr) == (0, "")
     assert "caf\\xe9" in done.stdout
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module, metadata
 from itertools import product
 from pathlib import Path
@@ -26,6 +27,8 @@ from trainkit.recipe import make_options
 from trainkit.rundir import RunDir
 from trainkit.session import reopen
 from trainkit.testing import build_run, fake_data
+
+from .processes import import_from
 
 
 @plugin
@@ -592,7 +595,7 @@ def test_an_edited_plugin_is_refused_by_name(small, tmp_path, trainkit):
     (site / "trainkit_lookahead.py").write_text(source.replace("alpha: float", "alpha: float", 1) + "\nALPHA = 0.9\n")
     info = metadata.distribution("trainkit-lookahead")._path
     shutil.copytree(info, site / info.name)
-    done = trainkit("resume", "out", "max_steps=null", env={**os.environ, "PYTHONPATH": str(site)})
+    done = trainkit("resume", "out", "max_steps=null", before=partial(import_from, site))
     assert done.returncode == 2, done.stdout
     assert "plugins.lookahead code was blake2b:" in done.stderr
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,8 @@ from trainkit import cli, load_recipe
 from trainkit.recipe import make_options
 from trainkit.registry import find
 from trainkit.testing import build_run, run_steps
+
+from .processes import import_from
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -113,7 +116,7 @@ def test_the_plugin_in_ten_lines_is_listed(ten_lines, trainkit):
 def test_a_recipe_that_lists_the_plugin_in_ten_lines_trains(ten_lines, small, trainkit):
     target, line = ten_lines
     small.write_text(small.read_text() + f"  {line}\n")
-    done = trainkit("run", small, "max_steps=2", "--run-dir", "out", env={**os.environ, "PYTHONPATH": str(target)})
+    done = trainkit("run", small, "max_steps=2", "--run-dir", "out", before=partial(import_from, target))
     assert done.returncode == 0, done.stderr
     locked = json.loads((small.parent / "out" / "plugins.lock.json").read_text())[-1]
     assert (locked["name"], locked["distribution"], locked["version"]) == ("sign_sgd", "trainkit-sign-sgd", "0.1.0")
