@@ -33,13 +33,13 @@ class Prediction(NamedTuple):
     """What one image is taken for.
 
     Args:
-        index: the image's place in its split.
+        image: its's place in its split.
         target: the number of its class.
         predicted: the number of the class that it is taken for; -1 where the output is not finite.
         probability: of that class; not a number where the output is not finite.
     """
 
-    index: int
+    image: int
     target: int
     predicted: int
     probability: float
@@ -57,7 +57,7 @@ class _Kept:
     most: int
     chosen: Tensor
     wrong: Tensor = field(init=False)  # int64: how many images are taken for another class
-    mistakes: Tensor = field(init=False)  # int64 [<= most, 3]: index, class, class that it is taken for
+    mistakes: Tensor = field(init=False)  # int64 [<= most, 3]: image, class, class that it is taken for
     sureness: Tensor = field(init=False)  # float32 [<= most], in decreasing order; -1 where there is no mistake
     sample: Tensor = field(init=False)  # int64 [R, 3], as `mistakes`
     probabilities: Tensor = field(init=False)  # float32 [R]; -1 where the image was not met
@@ -98,7 +98,7 @@ class _Kept:
 
 def _predictions(rows: Tensor, probabilities: Tensor) -> list[Prediction]:
     pairs = zip(rows.tolist(), probabilities.tolist(), strict=True)
-    return [Prediction(*row, probability) for row, probability in pairs if not probability < 0]
+    return [Prediction(*row, probability=probability) for row, probability in pairs if not probability < 0]
 
 
 @plugin
@@ -172,7 +172,7 @@ class SamplePredictions:
             self._epoch = run.history[-1]["epoch"]
             self._wrong = sum(wrong for wrong, _, _ in found)
             mistakes = [prediction for _, predictions, _ in found for prediction in predictions]
-            self._surest = sorted(mistakes, key=lambda p: (-p.probability, p.index))[: self.mistakes]
+            self._surest = sorted(mistakes, key=lambda p: (-p.probability, p.image))[: self.mistakes]
             self._sample = sorted(prediction for _, _, predictions in found for prediction in predictions)
         self._current = None
 
@@ -190,7 +190,7 @@ class SamplePredictions:
             "random": [_told(prediction, classes) for prediction in self._sample],
         }
         run.dir.write_json("figures/predictions.json", told)
-        images = stored_images(run, {p.index for p in (*self._surest, *self._sample)})
+        images = stored_images(run, {p.image for p in (*self._surest, *self._sample)})
         title = f"{run.selection_split.capitalize()} images, epoch {self._epoch:g}: {run.recipe.name}"
         parts = {
             _heading(len(self._surest), self._wrong): self._surest,
@@ -212,7 +212,7 @@ class SamplePredictions:
 def _told(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
     """Return a prediction as JSON has it; null where the output was not finite."""
     given = classes[prediction.predicted] if prediction.predicted >= 0 else None
-    facts = {"image": prediction.index, "class": classes[prediction.target], "taken_for": given}
+    facts = {"image": prediction.image, "class": classes[prediction.target], "taken_for": given}
     return {**facts, "probability": prediction.probability}
 
 
@@ -270,7 +270,7 @@ def draw(
         for axes in grid:
             axes.set_axis_off()
         for axes, prediction in zip(grid, predictions, strict=False):
-            axes.imshow(displayed(images[prediction.index]), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.imshow(displayed(images[prediction.image]), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             right = prediction.predicted == prediction.target
             colour = "#1a6b34" if right else "#a3261a"
             axes.set_title(_caption(prediction, classes), fontsize=9, color=colour, parse_math=False)

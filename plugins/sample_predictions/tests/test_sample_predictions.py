@@ -69,7 +69,7 @@ def test_stored_images_are_drawn_with_their_captions(tmp_path, monkeypatch):
         run_dir=tmp_path / "run",
     )
     ((_, parts, images, _),) = drawn
-    assert {p.index for part in parts.values() for p in part} == set(images)
+    assert {p.image for part in parts.values() for p in part} == set(images)
     assert all(torch.equal(image, run.data.test[n][0]) for n, image in images.items())
 
 
@@ -102,7 +102,7 @@ def test_what_is_kept_does_not_depend_on_how_images_come_in_batches():
         return repr(found.read())
 
     assert kept(50) == kept(7) == kept(1)
-    assert "Prediction(index=20, target=" in kept(50)
+    assert "Prediction(image=20, target=" in kept(50)
     assert "predicted=-1, probability=nan" in kept(50)
 
 
@@ -133,8 +133,9 @@ def test_it_changes_no_bit_and_resumes_exactly():
 
 def test_nothing_waits_for_the_device_while_a_split_is_evaluated():
     kept = _Kept(3, torch.zeros(2, dtype=torch.int64, device="meta"))
+    numbers = torch.empty(8, dtype=torch.int64, device="meta")
     for _ in range(2):  # whatever would wait raises there
-        kept.add(*(torch.empty(8, dtype=torch.int64, device="meta") for _ in range(2)), torch.empty(8, 4, device="meta"))
+        kept.add(numbers, numbers, torch.empty(8, 4, device="meta"))
 
 
 def test_other_targets_than_classes_are_refused():
