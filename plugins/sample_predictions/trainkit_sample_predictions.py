@@ -98,7 +98,7 @@ class _Kept:
 
 def _predictions(rows: Tensor, probabilities: Tensor) -> list[Prediction]:
     pairs = zip(rows.tolist(), probabilities.tolist(), strict=True)
-    return [Prediction(*row, probability=probability) for row, probability in pairs if not probability < 0]
+    return [Prediction(image, target, given, p) for (image, target, given), p in pairs if not p < 0]
 
 
 @plugin
