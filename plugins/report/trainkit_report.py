@@ -23,7 +23,7 @@ from trainkit import __version__, provenance
 from trainkit.cli.output import error, number, printable, terminal, written
 from trainkit.errors import UsageError
 from trainkit.rundir import RunDir, as_mapping, atomic_write, is_number, parse_json, read_regular
-from trainkit_runs import StoredRun, epochs_of  # type: ignore[import-untyped]
+from trainkit_runs import StoredRun, cell, epochs_of  # type: ignore[import-untyped]
 from trainkit_studies import Group, compare, summarize  # type: ignore[import-untyped]
 
 __all__ = ["REPORT", "Curve", "Evidence", "read_evidence", "report"]
@@ -41,7 +41,7 @@ PICTURES = {
     "samples": "Training images, as they are stored and as the network sees them",
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#8B5A2B", "#666666")
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 300, 56, 34, 12, 12  # of a chart and its margins
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 310, 56, 44, 12, 12  # of a chart and its margins
 TICKS = 5
 SHOWN = 0.98  # of the values, where less is better; see :func:`chart`
 
@@ -49,6 +49,7 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5a6470; --line: #d9dee4; --back: #ffffff; --card: #f6f8fa; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e8eb; --soft: #9aa4af; --line: #333a42; --back: #12151a; --card: #1a1f26; }
+  .curve, .key { filter: brightness(1.4); }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 62rem; padding: 1.2rem; background: var(--back); color: var(--ink);
@@ -71,13 +72,17 @@ figure { margin: 0 0 1.4rem; } figcaption { font-weight: 600; margin-bottom: .3r
 .legend button[aria-pressed=false] { opacity: .35; text-decoration: line-through; }
 .key { display: inline-block; width: 1.1rem; height: .25rem; vertical-align: middle; margin-right: .4rem; }
 .values { min-height: 1.4rem; font-size: .88rem; color: var(--soft); }
-img { max-width: 100%; background: #fff; } details { margin: .5rem 0; } summary { cursor: pointer; }
+img { max-width: min(100%, 46rem); background: #fff; } details { margin: .5rem 0; } summary { cursor: pointer; }
 blockquote { margin: .8rem 0 .4rem; padding: 0 0 0 .8rem; border-left: 3px solid var(--line); max-width: 46rem; }
-@media (max-width: 34rem) { svg text { font-size: 19px; } }
+@media (max-width: 34rem) {
+  svg text { font-size: 19px; } table { font-size: .82rem; } th, td { padding: .3rem .35rem; }
+  td.n, th.n { white-space: normal; }
+}
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; } figure, tr, blockquote { break-inside: avoid; }
   h2, summary, figcaption { break-after: avoid; } .values { display: none; }
-  table { font-size: 8pt; } th, td { overflow-wrap: anywhere; padding: .2rem .4rem; } pre { white-space: pre-wrap; }
+  table { font-size: 8pt; } th, td { padding: .2rem .4rem; } td + td { overflow-wrap: anywhere; }
+  pre { white-space: pre-wrap; } svg, img { max-width: 13cm; max-height: 21cm; }
 }
 """
 
@@ -222,7 +227,7 @@ def chart(title: str, curves: Sequence[Curve], better: str | None = None) -> str
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down(y):.1f}" y2="{down(y):.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{y:.6g}</text>')
     for x in ticks(x0, x1, whole=True):
-        parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - 16}" text-anchor="middle">{x:g}</text>')
+        parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - 26}" text-anchor="middle">{x:g}</text>')
     cut = "" if not beyond else f"Not to scale, at the upper edge: {beyond} of {len(ys)} values, above {number(high)}."
     legend = []
     for n, curve in enumerate(curves):
@@ -233,7 +238,7 @@ def chart(title: str, curves: Sequence[Curve], better: str | None = None) -> str
         key = f'<span class="key" style="background:{colour}"></span>'
         legend.append(tag("li", tag("button", key, text(curve.name), type="button", aria_pressed="true")))
     parts.append(f'<line class="at" x1="0" x2="0" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 1}" text-anchor="middle">epoch</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">epoch</text>')
     drawn = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(title)}">{"".join(parts)}</svg>'
     return tag(
         "figure",
@@ -316,11 +321,11 @@ def report(
     parts += [tag("h2", "Curves"), *(charts or [tag("p", "no table of several epochs")])]
     if len(runs) > 1:
         parts += [tag("h2", "What differs"), _differences(runs, names)]
-    for run, name in zip(runs, names, strict=True):
-        pictures = _pictures(run.folder / "figures")
-        if pictures:
-            shown = {"open": ""} if len(runs) == 1 else {}
-            parts.append(tag("details", tag("summary", f"Pictures of {text(name)}"), pictures, **shown))
+    pictures = {name: _pictures(run.folder / "figures") for run, name in zip(runs, names, strict=True)}
+    if any(pictures.values()):
+        shown = {"open": ""} if len(runs) == 1 else {}
+        parts.append(tag("h2", "Pictures"))
+        parts += [tag("details", tag("summary", text(name)), of, **shown) for name, of in pictures.items() if of]
     parts += [tag("h2", "Checked"), _checked(runs, names, evidence or {})]
     parts += [tag("h2", "What produced them"), *(_made_by(run, name) for run, name in zip(runs, names, strict=True))]
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
@@ -417,8 +422,10 @@ def _results(runs: Sequence[StoredRun], names: Sequence[str]) -> str:
             cells = [expected.get(metric), reached.get(metric)]
             rows.append([name, metric, *(number(cell) if is_number(cell) else "-" for cell in cells), told])
     columns = ["run", "metric", "expected", "reached", "best"]
+    if len(runs) == 1:  # the heading of the page names it
+        columns, rows = columns[1:], [row[1:] for row in rows]
     note = "Reached is the last epoch's value. The best of many epochs is too good, when the test split chose it."
-    return html_table(columns, rows, columns[2:]) + tag("p", text(note), class_="soft")
+    return html_table(columns, rows, columns[-3:]) + tag("p", text(note), class_="soft")
 
 
 def _groups(groups: Sequence[Group], metric: str) -> str:
@@ -449,7 +456,7 @@ def _differences(runs: Sequence[StoredRun], names: Sequence[str]) -> str:
     found = provenance.compare(*(run.record() for run in runs))
     if not found:
         return tag("p", "nothing")
-    rows = [[difference.key, *(_short(value) for value in difference.values)] for difference in found]
+    rows = [[difference.key, *(_short(cell(value)) for value in difference.values)] for difference in found]
     return html_table(["", *names], rows)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Prediction", "SamplePredictions", "draw"]
 
-ACROSS = 4  # images beside each other: their captions are readable on a phone
+ACROSS = 3  # images beside each other: their captions are readable on a phone
 MOST = 64  # images of a kind
 LONGEST = 18  # characters of a class name in a caption
 
@@ -117,8 +117,8 @@ class SamplePredictions:
     observer: ClassVar = True
     every_process: ClassVar = True  # each looks at its share
 
-    mistakes: int = field(default=8, validator=and_(ge(0), le(MOST)))
-    random: int = field(default=8, validator=and_(ge(0), le(MOST)))
+    mistakes: int = field(default=9, validator=and_(ge(0), le(MOST)))
+    random: int = field(default=6, validator=and_(ge(0), le(MOST)))
     best: str = "accuracy"
     _chosen: Tensor | None = field(init=False, default=None)  # int64 [random], on the device
     _current: _Kept | None = field(init=False, default=None)  # of the current evaluation
@@ -294,4 +294,4 @@ def _short(name: str) -> str:
 
 def _percent(probability: float) -> str:
     """Return a probability in percent; one that is not quite 1 is not said to be."""
-    return f"{min(100 * probability, 99.9):.3g} %" if probability < 1 else "100 %"
+    return f"{min(100 * probability, 99.9):.1f} %" if probability < 1 else "100 %"

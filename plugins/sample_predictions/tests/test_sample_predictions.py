@@ -58,7 +58,7 @@ def test_the_surest_mistakes_and_some_images_of_the_best_epoch_are_told(run):
     assert chosen == sorted(chosen)
     best = json.loads((run / "result.json").read_text())["best"]["test_accuracy"]["epoch"]
     assert (told["split"], told["epoch"]) == ("test", best)
-    assert np.asarray(Image.open(run / "figures" / "predictions.png")).shape[1] == 960
+    assert np.asarray(Image.open(run / "figures" / "predictions.png")).shape[1] == 720
 
 
 def test_stored_images_are_drawn_with_their_captions(tmp_path, monkeypatch):
