@@ -27,6 +27,7 @@ __all__ = ["Prediction", "SamplePredictions", "draw"]
 ACROSS = 3  # images beside each other: their captions are readable on a phone
 MOST = 64  # images of a kind
 LONGEST = 18  # characters of a class name in a caption
+LEGEND = "class \u2192 what it is taken for, probability of that"
 
 
 class Prediction(NamedTuple):
@@ -83,7 +84,7 @@ class _Kept:
         self.sureness = sureness[: self.most]
         self.mistakes = torch.cat([self.mistakes, rows])[order[: self.most]]
         here = self.chosen[:, None] == indices
-        found, place = here.any(1), here.to(torch.uint8).argmax(1)
+        found, place = here.any(1), here.to(torch.int32).argmax(1)
         self.sample = torch.where(found[:, None], rows[place], self.sample)
         self.probabilities = torch.where(found, probability[place], self.probabilities)
 
@@ -191,7 +192,7 @@ class SamplePredictions:
         }
         run.dir.write_json("figures/predictions.json", told)
         images = stored_images(run, {p.image for p in (*self._surest, *self._sample)})
-        title = f"{run.selection_split.capitalize()} images, epoch {self._epoch:g}: {run.recipe.name}"
+        title = f"{run.selection_split.capitalize()} images, epoch {self._epoch:g}: {run.recipe.name}\n{LEGEND}"
         parts = {
             _heading(len(self._surest), self._wrong): self._surest,
             "Chosen at random": self._sample,
@@ -260,12 +261,12 @@ def draw(
     from matplotlib.figure import Figure
 
     rows = {heading: max(1, -(-len(predictions) // ACROSS)) for heading, predictions in parts.items()}
-    heights = [0.4 + (2.0 * rows[heading] if predictions else 0.0) for heading, predictions in parts.items()]
-    figure = Figure(figsize=(1.6 * ACROSS, 0.4 + sum(heights)), dpi=150, layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", parse_math=False)
+    heights = [0.4 + (2.2 * rows[heading] if predictions else 0.0) for heading, predictions in parts.items()]
+    figure = Figure(figsize=(1.6 * ACROSS, 0.6 + sum(heights)), dpi=150, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, parse_math=False)
     blocks = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
     for block, (heading, predictions) in zip(blocks, parts.items(), strict=True):
-        block.suptitle(heading, x=0.01, ha="left", fontsize=10, color="#555555")
+        block.suptitle(heading, x=0.01, ha="left", fontsize=10, fontweight="bold")
         grid = list(block.subplots(rows[heading], ACROSS, squeeze=False).flat) if predictions else []
         for axes in grid:
             axes.set_axis_off()
@@ -278,14 +279,13 @@ def draw(
 
 
 def _caption(prediction: Prediction, classes: Sequence[str]) -> str:
-    """Return two lines: the class, and what the image is taken for, with the probability."""
+    """Return three lines: the class, what the image is taken for, and the probability."""
     name = _short(classes[prediction.target])
     if math.isnan(prediction.probability):
-        return f"{name}\noutput is not finite"
-    share = _percent(prediction.probability)
-    if prediction.predicted == prediction.target:
-        return f"{name}\nright, {share}"
-    return f"{name}\ntaken for {_short(classes[prediction.predicted])}, {share}"
+        return f"{name}\noutput is not finite\n"
+    right = prediction.predicted == prediction.target
+    given = "right" if right else f"\u2192 {_short(classes[prediction.predicted])}"
+    return f"{name}\n{given}\n{_percent(prediction.probability)}"
 
 
 def _short(name: str) -> str:

@@ -200,6 +200,22 @@ def test_groups_and_studies_have_their_intervals(runs, tmp_path):
     assert "44.15 to 56.85" in page.said  # scipy.stats.t.ppf(0.975, 1) * sqrt(0.5 / 2)
 
 
+def test_groups_are_compared_by_what_their_runs_report(runs, tmp_path, capsys):
+    for seed in (0, 1):
+        shutil.copytree(runs / "a", tmp_path / "g" / f"seed-{seed}")
+        path = tmp_path / "g" / f"seed-{seed}" / "result.json"
+        result = json.loads(path.read_text())
+        result |= {"final": {"lr": 0.1, "test_iou": 0.5 + seed / 1000}, "better": {"test_iou": "more"}}
+        path.write_text(json.dumps(result))
+    (tmp_path / "g" / "group.json").write_text(json.dumps({"variant": "g", "seeds": [0, 1]}))
+    text, page = written(tmp_path, tmp_path / "g")
+    assert "test_iou of the last epoch" in text
+    assert "0.4941 to 0.5069" in page.said
+    capsys.readouterr()
+    assert main(["runs", "report", str(tmp_path / "g"), "--metric", "test_accuracy"]) == 2
+    assert "no completed run reports 'test_accuracy'; known: test_iou, lr" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("name", ["nowhere", "."])
 def test_what_is_no_run_is_refused(tmp_path, capsys, name):
     assert main(["runs", "report", str(tmp_path / name)]) == 2

@@ -80,8 +80,8 @@ def test_an_epoch_without_mistakes_and_outputs_that_are_not_finite_are_drawn():
     figure = draw("cost: $1 $2", parts, images, ["$a$", "b" * 40])
     figure.savefig(io.BytesIO(), format="png")
     captions = [axes.get_title() for axes in figure.axes if axes.images]
-    assert captions[:2] == ["$a$\nright, 99.9 %", f"$a$\ntaken for {'b' * 17}…, 99.9 %"]
-    assert captions[4] == f"{'b' * 17}…\noutput is not finite"
+    assert captions[:2] == ["$a$\nright\n99.9 %", f"$a$\n→ {'b' * 17}…\n99.9 %"]
+    assert captions[4] == f"{'b' * 17}…\noutput is not finite\n"
 
 
 def test_what_is_kept_does_not_depend_on_how_images_come_in_batches():
