@@ -476,6 +476,8 @@ class Evidence:
         checks: subject, verdict and detail of each check.
         proved: whether the file says that everything which was checked was proved.
         passed: whether it says that nothing differs.
+        replayed: steps that were replayed and came out identical.
+        steps: of the whole run.
     """
 
     path: Path
@@ -484,6 +486,8 @@ class Evidence:
     checks: list[tuple[str, str, str]]
     proved: bool
     passed: bool
+    replayed: int
+    steps: int
 
     @property
     def verdict(self) -> str:
@@ -511,6 +515,7 @@ def read_evidence(path: Path) -> Evidence:
         raise UsageError(f"{path}: not JSON: {problem}; {cure}") from problem
     told = as_mapping(told)
     kinds = {"ledger": str, "sentence": str, "checks": list, "proved": bool, "passed": bool}
+    kinds |= {"replayed": int, "steps": int}
     for key, kind in kinds.items():
         if not isinstance(told.get(key), kind):
             raise UsageError(f"{path}: {key}: expected {kind.__name__}, got {_short(told.get(key))}; {cure}")
@@ -524,7 +529,7 @@ def read_evidence(path: Path) -> Evidence:
         if not (isinstance(what, str) and verdict in VERDICTS and isinstance(detail, str)):
             raise UsageError(f"{path}: checks[{n}]: expected what, verdict ({', '.join(VERDICTS)}) and detail; {cure}")
         checks.append((what, verdict, detail))
-    return Evidence(path, told["ledger"], told["sentence"], checks, told["proved"], told["passed"])
+    return Evidence(path=path, checks=checks, **{key: told[key] for key in kinds if key != "checks"})
 
 
 def evidence_of(runs: Sequence[StoredRun], given: Sequence[Path]) -> dict[str, list[Evidence]]:
@@ -563,9 +568,10 @@ def _checked(runs: Sequence[StoredRun], names: Sequence[str], evidence: Mapping[
     for run, name in zip(runs, names, strict=True):
         ledger = (run.folder / "ledger.jsonl").is_file()
         of_run = evidence.get(_chain(run), ())
-        verdict = ", ".join(each.verdict for each in of_run) or "not checked"
-        command = f"trainkit verify {name}" if ledger else "list the plugin ledger"
-        rows.append([name, "there" if ledger else "none", verdict, command])
+        verdicts = ", ".join(each.verdict for each in of_run) or "not checked"
+        steps = ", ".join(f"{number(each.replayed)} of {number(each.steps)}" for each in of_run) or "-"
+        command = f"trainkit verify {name}" if ledger else "no ledger: list the plugin ledger in the recipe"
+        rows.append([name, verdicts, steps, command])
         for each in of_run:
             table = html_table(["", "verdict", "what was found"], each.checks)
             summary = tag("summary", text(f"{name}: the checks that {each.path.name} lists"))
@@ -576,7 +582,7 @@ def _checked(runs: Sequence[StoredRun], names: Sequence[str], evidence: Mapping[
             f" What was found is the claim of whoever wrote {VERIFIED}; its hash of the ledger is that of the run. "
             "Anyone who has the run's directory can check the claim with the command."
         )
-    columns = ["run", "ledger", "found", "to check it"]
+    columns = ["run", "found", "steps replayed", "to check it"]
     return html_table(columns, rows) + "".join(found) + tag("p", text(note), class_="soft")
 
 

@@ -129,8 +129,9 @@ def test_what_was_verified_is_told_as_the_claim_that_it_is(runs, tmp_path):
     text, page = written(tmp_path, tmp_path / "a", tmp_path / "b", "--verified", tmp_path / "of_b.json")
     assert {"a: verified, every step.", "7 entries", "from the seed", "step 3", "trainkit verify a"} <= set(page.said)
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>.*?</tr>", text)]
-    verdicts = {row[0]: row[2] for row in cells if row[1:2] == ["there"]}
-    assert verdicts == {"a": "proved", "b": "differs"}  # although the file says "proved": true
+    told = {row[0]: row[1:3] for row in cells if row[-1:] == [f"trainkit verify {row[0]}" if row else ""]}
+    # b's file says "proved": true nevertheless
+    assert told == {"a": ["proved", "12 of 12"], "b": ["differs", "12 of 12"]}
     assert "claim of whoever wrote verified.json" in text
 
 
