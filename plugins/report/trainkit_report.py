@@ -28,9 +28,10 @@ from trainkit_studies import Group, compare, summarize  # type: ignore[import-un
 
 __all__ = ["REPORT", "Curve", "Evidence", "read_evidence", "report"]
 
-MAX_PICTURE = 1 << 24  # bytes
-MAX_TABLE = 1 << 20  # bytes of a small JSON document
-MAX_ROWS = 200  # of a table that such a document holds
+MAX_PICTURE = 1 << 24  # bytes of a picture, and of the JSON document beside it
+MAX_EVIDENCE = 1 << 20  # bytes of what `trainkit verify` writes
+MAX_ROWS = 200  # of a table that a JSON document holds
+FREQUENT = 20  # confusions that are listed
 MAX_RUNS = 200
 VERIFIED = "verified.json"  # what `trainkit verify RUN -o RUN/verified.json` writes
 VERDICTS = ("proved", "agrees", "differs", "not possible")
@@ -384,17 +385,41 @@ def _default_metric(runs: Sequence[StoredRun]) -> str:
 def _pictures(folder: Path) -> str:
     """Return the pictures of a run that are not curves, and what images are taken for as a table, too."""
     shown = {name: picture(folder / f"{name}.png", caption) for name, caption in PICTURES.items()}
-    if shown["predictions"]:
-        shown["predictions"] += _predictions(folder / "predictions.json")
+    for name, described in (("predictions", _predictions), ("confusion", _confusions)):
+        if shown[name]:
+            shown[name] += described(_read_object(folder / f"{name}.json"))
     return "".join(shown.values())
 
 
-def _predictions(path: Path) -> str:
-    """Return what images are taken for as a table, for those who do not see the picture; nothing without the file."""
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return a JSON object that lies beside a picture; an empty one where there is none."""
     try:
-        told = as_mapping(parse_json(read_regular(path, MAX_TABLE)))
+        return as_mapping(parse_json(read_regular(path, MAX_PICTURE)))
     except (OSError, ValueError):
+        return {}
+
+
+def _confusions(told: Mapping[str, Any]) -> str:
+    """Return the most frequent confusions as a table: on a phone the picture's numbers are small."""
+    classes, matrix = told.get("classes"), told.get("confusion_matrix")
+    if not (isinstance(classes, list) and isinstance(matrix, list)):
         return ""
+    found = [
+        (count, true, taken)
+        for true, row in zip(classes, matrix, strict=False)
+        for taken, count in zip(classes, row if isinstance(row, list) else (), strict=False)
+        if taken != true and is_number(count) and count > 0
+    ]
+    found.sort(key=lambda entry: -entry[0])
+    if not found:
+        return ""
+    rows = [[_short(true), _short(taken), number(count)] for count, true, taken in found[:FREQUENT]]
+    made = html_table(["class", "taken for", "images"], rows, ["images"])
+    return tag("details", tag("summary", "The most frequent confusions as a table"), made)
+
+
+def _predictions(told: Mapping[str, Any]) -> str:
+    """Return what images are taken for as a table, for those who do not see the picture."""
     rows = []
     for key, kind in (("mistakes", "mistake"), ("random", "at random")):
         listed = told.get(key)
@@ -414,7 +439,7 @@ def _results(runs: Sequence[StoredRun], names: Sequence[str]) -> str:
         result, expected = run.result, as_mapping(run.result.get("expected"))
         final, best = as_mapping(result.get("final")), as_mapping(result.get("best"))
         reached = {"parameters": result.get("parameters"), **final}
-        shown = dict.fromkeys([*expected, *(key for key in final if key.startswith(("test_", "validation_")))])
+        shown = dict.fromkeys([*expected, *(key for key in final if key.partition("_")[0] in SPLITS)])
         for metric in shown:
             found = as_mapping(best.get(metric))
             value = found.get("value")
@@ -508,7 +533,7 @@ def read_evidence(path: Path) -> Evidence:
     """
     cure = "write it with: trainkit verify RUN -o FILE"
     try:
-        told = parse_json(read_regular(path, MAX_TABLE))
+        told = parse_json(read_regular(path, MAX_EVIDENCE))
     except OSError as problem:
         raise UsageError(f"{path}: cannot be read: {problem.strerror}") from problem
     except ValueError as problem:

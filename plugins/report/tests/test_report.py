@@ -104,9 +104,16 @@ def test_what_images_are_taken_for_is_a_table_too(runs, tmp_path):
     row = "".join(f"<td>{cell}</td>" for cell in cells) + f'<td class="n">{100 * first["probability"]:.1f} %</td>'
     assert row in text
     assert text.count("<td>at random</td>") == 1
+    counted = json.loads((runs / "a" / "figures" / "confusion.json").read_text())
+    entries = [(n, i, j) for i, row in enumerate(counted["confusion_matrix"]) for j, n in enumerate(row) if i != j]
+    n, true, taken = max(entries, key=lambda entry: entry[0])
+    assert f'<tbody><tr><td>{true}</td><td>{taken}</td><td class="n">{n}</td></tr>' in text
     shutil.copytree(runs / "a", tmp_path / "a")
     for strange in ('{"mistakes": [3, {"class": [1], "probability": "x"}], "random": 5}', "[", "[" * 500):
         (tmp_path / "a" / "figures" / "predictions.json").write_text(strange)
+        (tmp_path / "a" / "figures" / "confusion.json").write_text(
+            '{"classes": [[1], 2], "confusion_matrix": [3, ["x"]]}'
+        )
         written(tmp_path, tmp_path / "a")
 
 
@@ -168,6 +175,8 @@ def hostile(run, folder):
     lock = json.loads((folder / "plugins.lock.json").read_text())
     lock[0]["name"] = lock[0]["options"]["x"] = EVIL
     (folder / "plugins.lock.json").write_text(json.dumps(lock))
+    counted = {"classes": ["x", EVIL], "confusion_matrix": [[1, 1], [0, 1]]}
+    (folder / "figures" / "confusion.json").write_text(json.dumps(counted))
     rows = [{"class": EVIL, "taken_for": EVIL, "probability": 0.5}]
     (folder / "figures" / "predictions.json").write_text(json.dumps({"mistakes": rows}))
     checks = [{"what": EVIL, "verdict": "proved", "detail": EVIL}]
