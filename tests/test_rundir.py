@@ -13,7 +13,7 @@ import torch
 
 from trainkit.errors import CheckpointError, UsageError
 from trainkit.recipe import from_dict
-from trainkit.rundir import DIGEST_SIZE, RunDir, atomic_write, pack_state, parse_json, read_regular
+from trainkit.rundir import DIGEST_SIZE, RunDir, as_numbers, atomic_write, pack_state, parse_json, read_regular
 
 RECIPE = from_dict({"name": "r", "epochs": 1, "batch_size": 1, "seed": 7})
 
@@ -214,6 +214,12 @@ def test_a_document_that_cannot_be_walked_through_is_refused(tmp_path, document)
     with pytest.raises(UsageError, match="x.json: not the file of a run: "):
         RunDir(tmp_path).read_json("x.json")
     assert parse_json("[" * 100 + "]" * 100)
+
+
+def test_of_a_strangers_object_the_finite_numbers_are_taken():
+    told = parse_json('{"a": 1, "b": 2.5, "c": true, "d": "3", "e": NaN, "f": Infinity, "g": 1' + "0" * 400 + "}")
+    assert as_numbers(told) == {"a": 1, "b": 2.5}
+    assert as_numbers([told]) == {}
 
 
 def test_no_file_of_a_run_directory_blocks(odd, tmp_path):

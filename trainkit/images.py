@@ -30,6 +30,7 @@ __all__ = [
     "MAX_SIDE",
     "FoundImages",
     "Size",
+    "displayed",
     "entries",
     "find_images",
     "open_image",
@@ -342,3 +343,14 @@ def to_tensor(image: Image) -> Tensor:
     pixels = np.asarray(image)
     channels_first = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
     return torch.from_numpy(np.array(channels_first, order="C"))  # a copy, which may be written
+
+
+def displayed(image: Tensor) -> NDArray[Any]:
+    """Return an image as matplotlib draws it, [H, W, C].
+
+    Args:
+        image: [C, H, W] on the CPU. Of other than 1 or 3 channels the first alone is drawn.
+    """
+    shown = image if len(image) == 3 else image[:1]
+    array: NDArray[Any] = shown.permute(1, 2, 0).numpy()
+    return array

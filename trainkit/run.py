@@ -41,6 +41,7 @@ __all__ = [
     "best_of",
     "count_parameters",
     "epoch_order",
+    "is_best_epoch",
     "is_better",
     "scalar",
     "to_host",
@@ -608,6 +609,17 @@ def best_of(run: Run) -> dict[str, dict[str, float]]:
             if name not in best or is_better(info.better, value, best[name]["value"]):
                 best[name] = {"value": value, "epoch": row["epoch"]}
     return best
+
+
+def is_best_epoch(run: Run, metric: str) -> bool:
+    """Tell whether an epoch has just ended whose value of a metric is the best so far.
+
+    Args:
+        run: at a safe point.
+        metric: a name as :meth:`Run.metric_key` takes it.
+    """
+    found = best_of(run).get(run.metric_key(metric), {}) if run.epoch_ended else {}
+    return bool(found) and found["epoch"] == run.history[-1]["epoch"]
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 
 import attrs
 
@@ -44,8 +44,11 @@ __all__ = [
     "MAX_JSON",
     "MAX_LOG",
     "RunDir",
+    "as_mapping",
+    "as_numbers",
     "atomic_write",
     "flush_folder",
+    "is_number",
     "open_regular",
     "pack_state",
     "parse_json",
@@ -144,6 +147,21 @@ def parse_json(data: bytes | str) -> Any:
         if not level:
             return value
     raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def as_mapping(value: object) -> dict[str, Any]:
+    """Return an object of a JSON document; an empty one where a stranger's file says something else."""
+    return value if isinstance(value, dict) else {}
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Tell whether a value of a JSON document is a finite number, and no whole one that is too large for a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def as_numbers(value: object) -> dict[str, float]:
+    """Return the finite numbers of an object of a JSON document (:func:`as_mapping`), by name."""
+    return {name: number for name, number in as_mapping(value).items() if is_number(number)}
 
 
 def _members(value: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from attrs.validators import ge
 from trainkit import Run
 from trainkit.errors import RecipeError
 from trainkit.plugin import hookimpl, plugin
-from trainkit.run import best_of
+from trainkit.run import is_best_epoch
 from trainkit.rundir import atomic_write, flush_folder, pack_state
 
 __all__ = ["Checkpoint"]
@@ -102,4 +102,4 @@ class Checkpoint:
             )
         if info is not None and info.better is None:
             raise RecipeError(f"'best': the plugin that reports {key!r} does not say whether less or more is better")
-        return best_of(run).get(key, {}).get("epoch") == run.history[-1]["epoch"]
+        return is_best_epoch(run, key)

@@ -19,7 +19,7 @@ from trainkit.errors import RecipeError, UsageError
 from trainkit.inference import count_confusion
 from trainkit.plugin import hookimpl, plugin
 from trainkit.recipe import load_recipe
-from trainkit.run import best_of
+from trainkit.run import is_best_epoch
 from trainkit.rundir import RunDir, atomic_write
 
 if TYPE_CHECKING:
@@ -77,11 +77,10 @@ class ConfusionMatrix:
         """Keep the counts of an epoch that is the best so far; the epoch's record is on the host, so nothing waits."""
         if self._counts is None or not run.epoch_ended:
             return
-        epoch = run.history[-1]["epoch"]
-        if best_of(run).get(run.metric_key(self.best), {}).get("epoch") == epoch:
+        if is_best_epoch(run, self.best):
             n = len(run.data.classes)
             counts = run.processes.all_reduce(self._counts.clone())
-            self._kept, self._epoch = counts.view(n, n).tolist(), epoch
+            self._kept, self._epoch = counts.view(n, n).tolist(), run.history[-1]["epoch"]
         self._counts = None
 
     @hookimpl

@@ -30,7 +30,7 @@ from trainkit.cli.output import add_allow_local, number, print_json, printable, 
 from trainkit.errors import DataError, RunError, TrainkitError, UsageError
 from trainkit.images import find_images
 from trainkit.recipe import data_root, load_recipe
-from trainkit.rundir import RunDir, atomic_write, read_regular
+from trainkit.rundir import RunDir, as_mapping, as_numbers, atomic_write, read_regular
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -469,8 +469,8 @@ def measured_of(run_dir: RunDir, model: LoadedModel, checkpoint: str) -> dict[st
 
     With a validation split the test split is evaluated at the run's end, on the weights of ``best``.
     """
-    splits = _mapping(_json(run_dir, "data.json").get("splits"))
-    final = _numbers(_json(run_dir, "result.json").get("final"))
+    splits = as_mapping(_json(run_dir, "data.json").get("splits"))
+    final = as_numbers(_json(run_dir, "result.json").get("final"))
     tested = {name: value for name, value in final.items() if name.startswith("test_")}
     return {**model.metrics, **(tested if checkpoint == "best" and "validation" in splits else {})}
 
@@ -483,7 +483,7 @@ def model_card(run_dir: RunDir, model: LoadedModel, measured: Mapping[str, float
     recipe, checked, kept, form = model.run.recipe, exported.check, exported.stored, exported.form
     splits = {
         name: split
-        for name, split in _mapping(_json(run_dir, "data.json").get("splits")).items()
+        for name, split in as_mapping(_json(run_dir, "data.json").get("splits")).items()
         if isinstance(split, dict)
     }
     channels, height, width = model.shape
@@ -582,24 +582,16 @@ def _fenced(text: str, language: str) -> str:
 
 def _json(run_dir: RunDir, name: str) -> dict[str, Any]:
     try:
-        return _mapping(run_dir.read_json(name))
+        return as_mapping(run_dir.read_json(name))
     except TrainkitError:
         return {}
 
 
-def _mapping(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _numbers(value: object) -> dict[str, float]:
-    return {k: v for k, v in _mapping(value).items() if isinstance(v, int | float) and not isinstance(v, bool)}
-
-
 def _environment(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    packages = _mapping(recorded.get("packages"))
-    found = {"trainkit": _mapping(recorded.get("trainkit")).get("version"), "revision": recorded.get("revision")}
+    packages = as_mapping(recorded.get("packages"))
+    found = {"trainkit": as_mapping(recorded.get("trainkit")).get("version"), "revision": recorded.get("revision")}
     found |= {"torch": packages.get("torch"), "Python": recorded.get("python"), "CPU": recorded.get("processor")}
-    found |= {"device": recorded.get("device"), "GPU": _mapping(recorded.get("gpu")).get("model")}
+    found |= {"device": recorded.get("device"), "GPU": as_mapping(recorded.get("gpu")).get("model")}
     return {name: value for name, value in found.items() if value}
 
 
@@ -748,7 +740,7 @@ def _described(test: Split, run_dir: RunDir) -> str:
     """Return which images these are: those that the run was tested on, or others."""
     from trainkit.provenance import fingerprint
 
-    recorded = _mapping(_mapping(_json(run_dir, "data.json").get("splits")).get("test")).get("content")
+    recorded = as_mapping(as_mapping(_json(run_dir, "data.json").get("splits")).get("test")).get("content")
     return "of the test split" if fingerprint(test) == recorded else "of a test split that is not the run's own"
 
 

@@ -26,7 +26,7 @@ from trainkit import Result, Run
 from trainkit.cli.output import printable
 from trainkit.errors import RecipeError, RunError, TrainkitError
 from trainkit.plugin import hookimpl, plugin
-from trainkit.rundir import RunDir
+from trainkit.rundir import RunDir, as_mapping
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -206,7 +206,7 @@ class MLflow:
         if not path.exists():
             return None
         said = directory.read_json(FILE)
-        run_id = said.get("run_id") if isinstance(said, dict) else None
+        run_id = as_mapping(said).get("run_id")
         if not isinstance(run_id, str) or not re.fullmatch(r"[0-9a-zA-Z]{1,64}", run_id):
             raise RunError(f"{path}: it names no run of MLflow; remove it to begin a new one there")
         try:

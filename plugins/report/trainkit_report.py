@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import base64
-import csv
 import hashlib
-import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -22,26 +20,37 @@ from typing import Any
 import attrs
 
 from trainkit import __version__, provenance
-from trainkit.cli.output import number, printable, terminal, written
+from trainkit.cli.output import error, number, printable, terminal, written
 from trainkit.errors import UsageError
-from trainkit.rundir import RunDir, atomic_write, read_regular
-from trainkit_runs import StoredRun  # type: ignore[import-untyped]
+from trainkit.rundir import RunDir, as_mapping, atomic_write, is_number, parse_json, read_regular
+from trainkit_runs import StoredRun, cell, epochs_of  # type: ignore[import-untyped]
 from trainkit_studies import Group, compare, summarize  # type: ignore[import-untyped]
 
-__all__ = ["REPORT", "Curve", "report"]
+__all__ = ["REPORT", "Curve", "Evidence", "read_evidence", "report"]
 
-METRIC = "test_accuracy"
-MAX_PICTURE = 1 << 24  # bytes
+MAX_PICTURE = 1 << 24  # bytes of a picture, and of the JSON document beside it
+MAX_EVIDENCE = 1 << 20  # bytes of what `trainkit verify` writes
+MAX_ROWS = 200  # of a table that a JSON document holds
+FREQUENT = 20  # confusions that are listed
 MAX_RUNS = 200
-PICTURES = ("confusion.png", "samples.png")
+VERIFIED = "verified.json"  # what `trainkit verify RUN -o RUN/verified.json` writes
+VERDICTS = ("proved", "agrees", "differs", "not possible")
+SPLITS = ("test", "validation")  # whose metrics are a result, the foremost first
+PICTURES = {
+    "predictions": "What images are taken for",
+    "confusion": "Which class is taken for which",
+    "samples": "Training images, as they are stored and as the network sees them",
+}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#8B5A2B", "#666666")
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 300, 56, 34, 12, 12  # of a chart and its margins
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 310, 56, 44, 12, 12  # of a chart and its margins
 TICKS = 5
+SHOWN = 0.98  # of the values, where less is better; see :func:`chart`
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5a6470; --line: #d9dee4; --back: #ffffff; --card: #f6f8fa; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e8eb; --soft: #9aa4af; --line: #333a42; --back: #12151a; --card: #1a1f26; }
+  .curve, .key { filter: brightness(1.4); }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 62rem; padding: 1.2rem; background: var(--back); color: var(--ink);
@@ -64,10 +73,17 @@ figure { margin: 0 0 1.4rem; } figcaption { font-weight: 600; margin-bottom: .3r
 .legend button[aria-pressed=false] { opacity: .35; text-decoration: line-through; }
 .key { display: inline-block; width: 1.1rem; height: .25rem; vertical-align: middle; margin-right: .4rem; }
 .values { min-height: 1.4rem; font-size: .88rem; color: var(--soft); }
-img { max-width: 100%; background: #fff; } details { margin: .5rem 0; } summary { cursor: pointer; }
-@media (max-width: 34rem) { svg text { font-size: 19px; } }
+img { max-width: min(100%, 46rem); background: #fff; } details { margin: .5rem 0; } summary { cursor: pointer; }
+blockquote { margin: .8rem 0 .4rem; padding: 0 0 0 .8rem; border-left: 3px solid var(--line); max-width: 46rem; }
+@media (max-width: 34rem) {
+  svg text { font-size: 19px; } table { font-size: .82rem; } th, td { padding: .3rem .35rem; }
+  td.n, th.n { white-space: normal; }
+}
 @media print {
-  body { max-width: none; font-size: 11pt; } details:not([open]) { display: none; } figure, tr { break-inside: avoid; }
+  body { max-width: none; padding: 0; font-size: 10pt; } figure, tr, blockquote { break-inside: avoid; }
+  h2, summary, figcaption { break-after: avoid; } .values { display: none; }
+  table { font-size: 8pt; } th, td { padding: .2rem .4rem; } td + td { overflow-wrap: anywhere; }
+  pre { white-space: pre-wrap; } svg, img { max-width: 13cm; max-height: 21cm; }
 }
 """
 
@@ -101,6 +117,12 @@ for (const figure of document.querySelectorAll('figure[data-curves]')) {
   });
   svg.addEventListener('pointerleave', () => { at.style.visibility = 'hidden'; values.textContent = ''; });
 }
+const closed = [...document.querySelectorAll('details:not([open])')];
+addEventListener('beforeprint', () => {
+  closed.splice(0, closed.length, ...document.querySelectorAll('details:not([open])'));
+  closed.forEach(each => { each.open = true; });
+});
+addEventListener('afterprint', () => closed.forEach(each => { each.open = false; }));
 """
 
 
@@ -130,7 +152,7 @@ def html_table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: 
     return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll")
 
 
-def picture(path: Path) -> str:
+def picture(path: Path, caption: str) -> str:
     """Return a PNG file as an image in the page; nothing where there is none."""
     try:
         data = read_regular(path, MAX_PICTURE)
@@ -139,7 +161,7 @@ def picture(path: Path) -> str:
     if not data.startswith(b"\x89PNG"):
         return ""
     source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    return tag("figure", tag("figcaption", text(path.stem)), f'<img src="{source}" alt="{text(path.stem)}">')
+    return tag("figure", tag("figcaption", text(caption)), f'<img src="{source}" alt="{text(caption)}">')
 
 
 # ---- curves
@@ -175,14 +197,22 @@ def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
     return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def chart(title: str, curves: Sequence[Curve]) -> str:
-    """Return a chart as SVG, with a legend that shows and hides curves and tells values under the pointer."""
+def chart(title: str, curves: Sequence[Curve], better: str | None = None) -> str:
+    """Return a chart as SVG, with a legend that shows and hides curves and tells values under the pointer.
+
+    Args:
+        title: the metric.
+        curves: what is drawn.
+        better: whether ``less`` or ``more`` of the metric is better. Where less is, the greatest 2 % of the values are
+            drawn at the upper edge, so that a loss of the first epochs does not flatten all others.
+    """
     curves = [curve for curve in curves if curve.points]
     if not any(len(curve.points) > 1 for curve in curves):  # one value is in the table
         return ""
     xs = [x for curve in curves for x, _ in curve.points]
     ys = sorted(y for curve in curves for _, y in curve.points)
-    low, high = ys[0], ys[min(len(ys) - 1, math.ceil(0.98 * len(ys)))] if "loss" in title else ys[-1]
+    low, high = ys[0], ys[math.ceil(SHOWN * len(ys)) - 1] if better == "less" else ys[-1]
+    beyond = sum(y > high for y in ys)
     x0, x1 = min(xs), max(xs)
     margin = 0.04 * (high - low) or 0.5
     low, high = low - margin, high + margin
@@ -198,7 +228,8 @@ def chart(title: str, curves: Sequence[Curve]) -> str:
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down(y):.1f}" y2="{down(y):.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{y:.6g}</text>')
     for x in ticks(x0, x1, whole=True):
-        parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - 16}" text-anchor="middle">{x:g}</text>')
+        parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - 26}" text-anchor="middle">{x:g}</text>')
+    cut = "" if not beyond else f"Not to scale, at the upper edge: {beyond} of {len(ys)} values, above {number(high)}."
     legend = []
     for n, curve in enumerate(curves):
         colour = COLOURS[n % len(COLOURS)]
@@ -208,12 +239,13 @@ def chart(title: str, curves: Sequence[Curve]) -> str:
         key = f'<span class="key" style="background:{colour}"></span>'
         legend.append(tag("li", tag("button", key, text(curve.name), type="button", aria_pressed="true")))
     parts.append(f'<line class="at" x1="0" x2="0" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 1}" text-anchor="middle">epoch</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">epoch</text>')
     drawn = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(title)}">{"".join(parts)}</svg>'
     return tag(
         "figure",
         tag("figcaption", text(title)),
         drawn,
+        tag("div", text(cut), class_="soft") if cut else "",
         tag("div", class_="values"),
         tag("ul", *legend, class_="legend"),
         data_curves=json.dumps([[curve.name, curve.points] for curve in curves]),
@@ -223,16 +255,8 @@ def chart(title: str, curves: Sequence[Curve]) -> str:
 
 def rows_of(path: Path) -> list[dict[str, float]]:
     """Return the rows of a table of epochs, finite numbers alone; none where there is no such table."""
-    try:
-        content = read_regular(path, MAX_PICTURE).decode()
-        found = []
-        for row in csv.DictReader(io.StringIO(content, newline="")):
-            numbers = {name: float(cell) for name, cell in row.items() if name and isinstance(cell, str) and cell}
-            if "epoch" in numbers:
-                found.append({name: value for name, value in numbers.items() if math.isfinite(value)})
-        return found
-    except (OSError, ValueError, csv.Error):
-        return []
+    rows = [{name: value for name, value in row.items() if math.isfinite(value)} for row in epochs_of(path)]
+    return [row for row in rows if "epoch" in row]
 
 
 def curves_of(runs: Sequence[StoredRun], names: Sequence[str], metric: str) -> list[Curve]:
@@ -259,7 +283,7 @@ def runs_in(path: Path) -> tuple[list[StoredRun], list[Group]]:
     """
     if (path / "study.json").is_file():
         document = RunDir(path).read_json("study.json")
-        folders = document.get("variants", {}).values() if isinstance(document, dict) else []
+        folders = as_mapping(as_mapping(document).get("variants")).values()
         groups = [Group.read(path / Path(str(name)).name) for name in folders]
     elif (path / "group.json").is_file():
         groups = [Group.read(path)]
@@ -269,13 +293,19 @@ def runs_in(path: Path) -> tuple[list[StoredRun], list[Group]]:
     return [StoredRun(group.folder / f"seed-{seed}") for group in groups for seed in sorted(group.results)], groups
 
 
-def report(runs: Sequence[StoredRun], groups: Sequence[Group], metric: str = METRIC) -> str:
+def report(
+    runs: Sequence[StoredRun],
+    groups: Sequence[Group],
+    metric: str | None = None,
+    evidence: Mapping[str, Sequence[Evidence]] | None = None,
+) -> str:
     """Return a whole HTML document.
 
     Args:
         runs: what is shown one by one.
         groups: what is summed up, each compared with the first.
-        metric: what groups are compared by.
+        metric: what groups are compared by; by default the first one of :func:`ranked`.
+        evidence: what was found when runs were checked, by the last hash of their ledgers.
     """
     names = _names(runs)
     title = ", ".join(dict.fromkeys(str(run.recipe.get("name", run.folder.name)) for run in runs)) or "no runs"
@@ -283,21 +313,21 @@ def report(runs: Sequence[StoredRun], groups: Sequence[Group], metric: str = MET
     made = f"{count}; written {datetime.now():%Y-%m-%d %H:%M} by trainkit {__version__}"
     parts = [tag("h1", text(title)), tag("p", text(made), class_="soft")]
     if groups:
-        parts += [tag("h2", "Groups"), _groups(groups, metric)]
+        parts += [tag("h2", "Groups"), _groups(groups, metric or _default_metric(runs))]
     parts += [tag("h2", "Results"), _results(runs, names)]
-    charts = [chart(name, curves_of(runs, names, name)) for name in _metrics(runs)]
-    parts += [tag("h2", "Curves"), *(charts or [tag("p", "no table of epochs")])]
+    in_tables = dict.fromkeys(name for run in runs for row in rows_of(run.folder / "metrics.csv") for name in row)
+    better = better_of(runs)
+    metrics = ranked([name for name in in_tables if name not in ("epoch", "step")], runs)
+    charts = [drawn for name in metrics if (drawn := chart(name, curves_of(runs, names, name), better.get(name)))]
+    parts += [tag("h2", "Curves"), *(charts or [tag("p", "no table of several epochs")])]
     if len(runs) > 1:
         parts += [tag("h2", "What differs"), _differences(runs, names)]
-    for run, name in zip(runs, names, strict=True):
-        pictures = "".join(picture(run.folder / "figures" / each) for each in PICTURES)
-        if pictures:
-            parts.append(
-                tag("details", tag("summary", f"Pictures of {text(name)}"), pictures, open="")
-                if len(runs) == 1
-                else tag("details", tag("summary", f"Pictures of {text(name)}"), pictures)
-            )
-    parts += [tag("h2", "Checked"), _checked(runs, names)]
+    pictures = {name: _pictures(run.folder / "figures") for run, name in zip(runs, names, strict=True)}
+    if any(pictures.values()):
+        shown = {"open": ""} if len(runs) == 1 else {}
+        parts.append(tag("h2", "Pictures"))
+        parts += [tag("details", tag("summary", text(name)), of, **shown) for name, of in pictures.items() if of]
+    parts += [tag("h2", "Checked"), _checked(runs, names, evidence or {})]
     parts += [tag("h2", "What produced them"), *(_made_by(run, name) for run, name in zip(runs, names, strict=True))]
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -321,42 +351,106 @@ def _names(runs: Sequence[StoredRun]) -> list[str]:
     return [str(run.folder) for run in runs]
 
 
-def _mapping(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def better_of(runs: Sequence[StoredRun]) -> dict[str, str]:
+    """Return whether ``less`` or ``more`` of a metric is better, as the plugins that report it say."""
+    said = {name: value for run in runs for name, value in as_mapping(run.result.get("better")).items()}
+    return {name: value for name, value in said.items() if value in ("less", "more")}
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def ranked(metrics: Iterable[str], runs: Sequence[StoredRun]) -> list[str]:
+    """Return metrics in the order in which they matter, as far as the runs themselves tell.
+
+    What a recipe expects comes first; then metrics of the test split, of the validation split, of others; then those of
+    which more is better (scores), less (losses), neither; then as they are reported.
+    """
+    expected = {name for run in runs for name in as_mapping(run.result.get("expected"))}
+    better = better_of(runs)
+
+    def rank(name: str) -> tuple[bool, int, int]:
+        split = name.partition("_")[0]
+        of_split = SPLITS.index(split) if split in SPLITS else len(SPLITS)
+        return name not in expected, of_split, ("more", "less", None).index(better.get(name))
+
+    return sorted(metrics, key=rank)
 
 
-def _metrics(runs: Sequence[StoredRun]) -> list[str]:
-    """Return what has a curve: accuracies first, then losses, then others."""
-    found = dict.fromkeys(
-        name
-        for run in runs
-        for row in rows_of(run.folder / "metrics.csv")
-        for name in row
-        if name not in ("epoch", "step")
-    )
-    return sorted(found, key=lambda name: ("accuracy" not in name, "loss" not in name, name.startswith("train"), name))
+def _final_metrics(runs: Sequence[StoredRun]) -> list[str]:
+    return ranked(dict.fromkeys(name for run in runs for name in as_mapping(run.result.get("final"))), runs)
+
+
+def _default_metric(runs: Sequence[StoredRun]) -> str:
+    return next(iter(_final_metrics(runs)), "")
+
+
+def _pictures(folder: Path) -> str:
+    """Return the pictures of a run that are not curves, and what images are taken for as a table, too."""
+    shown = {name: picture(folder / f"{name}.png", caption) for name, caption in PICTURES.items()}
+    for name, described in (("predictions", _predictions), ("confusion", _confusions)):
+        if shown[name]:
+            shown[name] += described(_read_object(folder / f"{name}.json"))
+    return "".join(shown.values())
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return a JSON object that lies beside a picture; an empty one where there is none."""
+    try:
+        return as_mapping(parse_json(read_regular(path, MAX_PICTURE)))
+    except (OSError, ValueError):
+        return {}
+
+
+def _confusions(told: Mapping[str, Any]) -> str:
+    """Return the most frequent confusions as a table: on a phone the picture's numbers are small."""
+    classes, matrix = told.get("classes"), told.get("confusion_matrix")
+    if not (isinstance(classes, list) and isinstance(matrix, list)):
+        return ""
+    found = [
+        (count, true, taken)
+        for true, row in zip(classes, matrix, strict=False)
+        for taken, count in zip(classes, row if isinstance(row, list) else (), strict=False)
+        if taken != true and is_number(count) and count > 0
+    ]
+    found.sort(key=lambda entry: -entry[0])
+    if not found:
+        return ""
+    rows = [[_short(true), _short(taken), number(count)] for count, true, taken in found[:FREQUENT]]
+    made = html_table(["class", "taken for", "images"], rows, ["images"])
+    return tag("details", tag("summary", "The most frequent confusions as a table"), made)
+
+
+def _predictions(told: Mapping[str, Any]) -> str:
+    """Return what images are taken for as a table, for those who do not see the picture."""
+    rows = []
+    for key, kind in (("mistakes", "mistake"), ("random", "at random")):
+        listed = told.get(key)
+        for row in map(as_mapping, listed[:MAX_ROWS] if isinstance(listed, list) else ()):
+            probability = row.get("probability")
+            share = f"{100 * probability:.1f} %" if is_number(probability) else "-"
+            rows.append([kind, _short(row.get("class", "-")), _short(row.get("taken_for") or "-"), share])
+    if not rows:
+        return ""
+    made = html_table(["", "class", "taken for", "probability"], rows, ["probability"])
+    return tag("details", tag("summary", "The same as a table"), made)
 
 
 def _results(runs: Sequence[StoredRun], names: Sequence[str]) -> str:
     rows = []
     for run, name in zip(runs, names, strict=True):
-        result, expected = run.result, _mapping(run.result.get("expected"))
-        final, best = _mapping(result.get("final")), _mapping(result.get("best"))
+        result, expected = run.result, as_mapping(run.result.get("expected"))
+        final, best = as_mapping(result.get("final")), as_mapping(result.get("best"))
         reached = {"parameters": result.get("parameters"), **final}
-        shown = dict.fromkeys([*expected, *(key for key in final if key.startswith(("test_", "validation_")))])
+        shown = dict.fromkeys([*expected, *(key for key in final if key.partition("_")[0] in SPLITS)])
         for metric in shown:
-            found = _mapping(best.get(metric))
+            found = as_mapping(best.get(metric))
             value = found.get("value")
-            told = f"{number(value)} (epoch {number(found.get('epoch'))})" if _is_number(value) else ""
+            told = f"{number(value)} (epoch {number(found.get('epoch'))})" if is_number(value) else ""
             cells = [expected.get(metric), reached.get(metric)]
-            rows.append([name, metric, *(number(cell) if _is_number(cell) else "-" for cell in cells), told])
+            rows.append([name, metric, *(number(cell) if is_number(cell) else "-" for cell in cells), told])
     columns = ["run", "metric", "expected", "reached", "best"]
+    if len(runs) == 1:  # the heading of the page names it
+        columns, rows = columns[1:], [row[1:] for row in rows]
     note = "Reached is the last epoch's value. The best of many epochs is too good, when the test split chose it."
-    return html_table(columns, rows, columns[2:]) + tag("p", text(note), class_="soft")
+    return html_table(columns, rows, columns[-3:]) + tag("p", text(note), class_="soft")
 
 
 def _groups(groups: Sequence[Group], metric: str) -> str:
@@ -368,13 +462,14 @@ def _groups(groups: Sequence[Group], metric: str) -> str:
             rows.append([group.name, f"0/{len(group.seeds)}", "-", "-", "-", "-"])
             continue
         found = summarize(list(values.values()))
-        interval = f"{found.interval[0]:.2f} to {found.interval[1]:.2f}" if found.interval else "-"
+        digits = 2 if abs(found.mean) >= 10 else 4
+        interval = f"{found.interval[0]:.{digits}f} to {found.interval[1]:.{digits}f}" if found.interval else "-"
         against = "-"
         if group is not groups[0] and first:
             difference = compare(values, first)
-            against = f"{difference.mean:+.2f}"
+            against = f"{difference.mean:+.{digits}f}"
             if difference.interval:
-                against += f" ({difference.interval[0]:+.2f} to {difference.interval[1]:+.2f})"
+                against += f" ({difference.interval[0]:+.{digits}f} to {difference.interval[1]:+.{digits}f})"
         sd = "-" if found.sd is None else f"{found.sd:.2g}"
         rows.append([group.name, f"{found.n}/{len(group.seeds)}", number(found.mean), sd, interval, against])
     columns = ["group", "n", "mean", "sd", "95 %", f"beyond {groups[0].name}"]
@@ -386,7 +481,7 @@ def _differences(runs: Sequence[StoredRun], names: Sequence[str]) -> str:
     found = provenance.compare(*(run.record() for run in runs))
     if not found:
         return tag("p", "nothing")
-    rows = [[difference.key, *(_short(value) for value in difference.values)] for difference in found]
+    rows = [[difference.key, *(_short(cell(value)) for value in difference.values)] for difference in found]
     return html_table(["", *names], rows)
 
 
@@ -395,31 +490,141 @@ def _short(value: Any) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-def _checked(runs: Sequence[StoredRun], names: Sequence[str]) -> str:
-    rows = []
+@attrs.frozen
+class Evidence:
+    """What ``trainkit verify`` found, as its writer says: nothing proves that it was not written by hand.
+
+    Args:
+        path: of the file.
+        ledger: the last hash of the ledger that was checked; it tells which run that is.
+        sentence: what was found, in words.
+        checks: subject, verdict and detail of each check.
+        proved: whether the file says that everything which was checked was proved.
+        passed: whether it says that nothing differs.
+        replayed: steps that were replayed and came out identical.
+        steps: of the whole run.
+    """
+
+    path: Path
+    ledger: str
+    sentence: str
+    checks: list[tuple[str, str, str]]
+    proved: bool
+    passed: bool
+    replayed: int
+    steps: int
+
+    @property
+    def verdict(self) -> str:
+        """All verdicts in a word; a file that contradicts itself is not taken at its best."""
+        verdicts = {verdict for _, verdict, _ in self.checks}
+        if "differs" in verdicts:
+            return "differs"
+        if self.proved and verdicts == {"proved"}:
+            return "proved"
+        return "agrees" if self.passed and verdicts else "not verified"
+
+
+def read_evidence(path: Path) -> Evidence:
+    """Read what ``trainkit verify RUN -o FILE`` wrote.
+
+    Raises:
+        UsageError: it cannot be read, or is no such file.
+    """
+    cure = "write it with: trainkit verify RUN -o FILE"
+    try:
+        told = parse_json(read_regular(path, MAX_EVIDENCE))
+    except OSError as problem:
+        raise UsageError(f"{path}: cannot be read: {problem.strerror}") from problem
+    except ValueError as problem:
+        raise UsageError(f"{path}: not JSON: {problem}; {cure}") from problem
+    told = as_mapping(told)
+    kinds = {"ledger": str, "sentence": str, "checks": list, "proved": bool, "passed": bool}
+    kinds |= {"replayed": int, "steps": int}
+    for key, kind in kinds.items():
+        if not isinstance(told.get(key), kind):
+            raise UsageError(f"{path}: {key}: expected {kind.__name__}, got {_short(told.get(key))}; {cure}")
+    if not told["ledger"]:
+        raise UsageError(f"{path}: ledger: empty: the run that was checked has no ledger that could be read")
+    if len(told["checks"]) > MAX_ROWS:
+        raise UsageError(f"{path}: checks: {len(told['checks']):,}, and `trainkit verify` makes {MAX_ROWS} at most")
+    checks: list[tuple[str, str, str]] = []
+    for n, check in enumerate(map(as_mapping, told["checks"])):
+        what, verdict, detail = (check.get(key) for key in ("what", "verdict", "detail"))
+        if not (isinstance(what, str) and verdict in VERDICTS and isinstance(detail, str)):
+            raise UsageError(f"{path}: checks[{n}]: expected what, verdict ({', '.join(VERDICTS)}) and detail; {cure}")
+        checks.append((what, verdict, detail))
+    return Evidence(path=path, checks=checks, **{key: told[key] for key in kinds if key != "checks"})
+
+
+def evidence_of(runs: Sequence[StoredRun], given: Sequence[Path]) -> dict[str, list[Evidence]]:
+    """Return what was found when runs were checked, by the last hash of their ledgers.
+
+    Args:
+        runs: those of the report. A ``verified.json`` in the directory of one is read, too.
+        given: files that the user names.
+
+    Raises:
+        UsageError: a file is wrong, or is of none of the runs.
+    """
+    lying = [path for run in runs if (path := run.folder / VERIFIED).exists()]
+    known = [chain for run in runs if (chain := _chain(run))]
+    found: dict[str, list[Evidence]] = {}
+    for path in {path.resolve(): path for path in [*given, *lying]}.values():
+        evidence = read_evidence(path)
+        if evidence.ledger not in known:
+            theirs = ", ".join(known[:3]) + (", ..." if len(known) > 3 else "") or "none"
+            raise UsageError(
+                f"{path}: ledger: {_short(evidence.ledger)} is the last hash of none of the runs' ledgers ({theirs}): "
+                "it is of another run, or of this one before it went on; verify the run again, or remove the file"
+            )
+        found.setdefault(evidence.ledger, []).append(evidence)
+    return found
+
+
+def _chain(run: StoredRun) -> str:
+    """Return the last hash of a run's ledger, as its result has it; empty where it has none."""
+    chain = as_mapping(as_mapping(run.result.get("evidence")).get("ledger")).get("chain")
+    return chain if isinstance(chain, str) else ""
+
+
+def _checked(runs: Sequence[StoredRun], names: Sequence[str], evidence: Mapping[str, Sequence[Evidence]]) -> str:
+    rows, found = [], []
     for run, name in zip(runs, names, strict=True):
         ledger = (run.folder / "ledger.jsonl").is_file()
-        rows.append(
-            [name, "there" if ledger else "none", f"trainkit verify {name}" if ledger else "list the plugin ledger"]
-        )
+        of_run = evidence.get(_chain(run), ())
+        verdicts = ", ".join(each.verdict for each in of_run) or "not checked"
+        steps = ", ".join(f"{number(each.replayed)} of {number(each.steps)}" for each in of_run) or "-"
+        command = f"trainkit verify {name}" if ledger else "no ledger: list the plugin ledger in the recipe"
+        rows.append([name, verdicts, steps, command])
+        for each in of_run:
+            table = html_table(["", "verdict", "what was found"], each.checks)
+            summary = tag("summary", text(f"{name}: the checks that {each.path.name} lists"))
+            found.append(tag("blockquote", text(each.sentence)) + tag("details", summary, table))
     note = "A ledger chains hashes of the run's states. This report has not replayed anything: the command does."
-    return html_table(["run", "ledger", "to check it"], rows) + tag("p", text(note), class_="soft")
+    if found:
+        note += (
+            f" What was found is the claim of whoever wrote {VERIFIED}; its hash of the ledger is that of the run. "
+            "Anyone who has the run's directory can check the claim with the command."
+        )
+    columns = ["run", "found", "steps replayed", "to check it"]
+    return html_table(columns, rows) + "".join(found) + tag("p", text(note), class_="soft")
 
 
 def _made_by(run: StoredRun, name: str) -> str:
-    environment, data = run.environment, _mapping(run.data.get("splits"))
-    plugins = [[p.get("name", ""), p.get("version", ""), written(_mapping(p.get("options")))] for p in run.plugins]
-    packages = _mapping(environment.get("packages"))
+    environment, data = run.environment, as_mapping(run.data.get("splits"))
+    plugins = [[p.get("name", ""), p.get("version", ""), written(as_mapping(p.get("options")))] for p in run.plugins]
+    packages = as_mapping(environment.get("packages"))
     facts = {
-        "trainkit": _mapping(environment.get("trainkit")).get("version"),
+        "trainkit": as_mapping(environment.get("trainkit")).get("version"),
         "revision": environment.get("revision"),
         "torch": packages.get("torch"),
         "Python": environment.get("python"),
         "CPU": environment.get("processor"),
-        "instructions": written(_mapping(environment.get("instruction_sets"))),
-        "GPU": _mapping(environment.get("gpu")).get("model"),
+        "instructions": written(as_mapping(environment.get("instruction_sets"))),
+        "GPU": as_mapping(environment.get("gpu")).get("model"),
         "threads": environment.get("threads"),
-        "images": ", ".join(f"{_mapping(split).get('images', '-')} {key}" for key, split in data.items()),
+        "images": ", ".join(f"{as_mapping(split).get('images', '-')} {key}" for key, split in data.items()),
     }
     recipe = run.loaded.to_yaml() if run.loaded else ""
     return tag(
@@ -439,13 +644,22 @@ class _Report:
 examples:
   trainkit runs report runs/basic_se/20260101-120000-0 -o report.html
   trainkit runs report runs/paper -o paper.html
+  trainkit runs report runs/quickstart/20260101-120000-0 --verified verified.json
 """
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Declare the action's arguments."""
         parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="of a run, a group or a study")
-        parser.add_argument("--metric", default=METRIC, metavar="NAME", help=f"of groups (default: {METRIC})")
+        parser.add_argument("--metric", metavar="NAME", help="of groups (default: what their recipes expect)")
+        parser.add_argument(
+            "--verified",
+            metavar="FILE",
+            type=Path,
+            nargs="+",
+            default=[],
+            help="from: trainkit verify RUN -o FILE",
+        )
         parser.add_argument("-o", "--output", metavar="FILE", type=Path, default=Path("report.html"))
 
     @staticmethod
@@ -461,12 +675,21 @@ examples:
             raise UsageError(f"{args.folders[0]}: no run in it is completed")
         if len(runs) > MAX_RUNS:
             raise UsageError(f"{len(runs)} runs are more than a page can show; give {MAX_RUNS} at most")
+        shown = list(runs.values())
+        metrics = _final_metrics(shown)
+        if groups and args.metric is not None and args.metric not in metrics:
+            known = ", ".join(metrics) or "none"
+            raise UsageError(f"--metric: no completed run reports {args.metric!r}; known: {known}")
+        evidence = evidence_of(shown, args.verified)
         try:
-            atomic_write(args.output, report(list(runs.values()), list(groups.values()), args.metric))
+            atomic_write(args.output, report(shown, list(groups.values()), args.metric, evidence))
         except OSError as problem:
             raise UsageError(f"{args.output}: cannot be written: {problem.strerror}") from problem
         terminal().print(printable(args.output), markup=False, highlight=False, soft_wrap=True)
-        return 0
+        unread = [line for run in shown for line in run.problems]
+        for line in unread:
+            error(line)
+        return 1 if unread else 0
 
 
 REPORT = _Report

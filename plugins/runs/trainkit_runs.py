@@ -30,7 +30,7 @@ from trainkit.rundir import RunDir, parse_json
 if TYPE_CHECKING:
     from trainkit.recipe import Recipe
 
-__all__ = ["CHECK", "COMPARE", "LIST", "SHOW", "Finding", "StoredRun"]
+__all__ = ["CHECK", "COMPARE", "LIST", "SHOW", "Finding", "StoredRun", "cell", "epochs_of"]
 
 METRIC = "test_accuracy"
 UNFINISHED = "running or killed"

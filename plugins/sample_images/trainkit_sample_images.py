@@ -12,6 +12,7 @@ from attrs.validators import and_, ge, le
 from torch import Tensor
 
 from trainkit import Run
+from trainkit.images import displayed
 from trainkit.plugin import hookimpl, plugin
 from trainkit.run import epoch_order
 
@@ -82,8 +83,7 @@ def draw(before: Tensor, after: Tensor, names: Sequence[str]) -> Figure:
     for i in range(n):
         row, column = divmod(i, across)
         for axes, image in ((grid[2 * row, column], before[i]), (grid[2 * row + 1, column], after[i])):
-            shown = image if len(image) == 3 else image[:1]
-            axes.imshow(shown.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.imshow(displayed(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         if names:
             name = names[i] if len(names[i]) <= 14 else f"{names[i][:13]}…"
             grid[2 * row, column].set_title(name.replace("$", r"\$"), fontsize=9)

@@ -43,7 +43,7 @@ from trainkit.errors import RecipeError, TrainkitError, UsageError, did_you_mean
 from trainkit.provenance import is_observer
 from trainkit.recipe import Recipe, load_recipe
 from trainkit.registry import installed, only
-from trainkit.rundir import RunDir, atomic_write, read_regular
+from trainkit.rundir import RunDir, as_mapping, atomic_write, is_number, read_regular
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -636,20 +636,12 @@ class Group:
 
     def metrics(self) -> list[str]:
         """Return the names of what the runs report at their end."""
-        found = [name for result in self.results.values() for name in _plain(result.get("final"))]
+        found = [name for result in self.results.values() for name in as_mapping(result.get("final"))]
         return [name for name in dict.fromkeys(found) if name != "lr"]
 
     def _of(self, part: str, key: str) -> dict[int, float]:
-        found = {seed: _plain(result.get(part)).get(key) for seed, result in self.results.items()}
-        return {
-            seed: float(value)
-            for seed, value in found.items()
-            if isinstance(value, int | float) and math.isfinite(value)
-        }
-
-
-def _plain(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+        found = {seed: as_mapping(result.get(part)).get(key) for seed, result in self.results.items()}
+        return {seed: float(value) for seed, value in found.items() if is_number(value)}
 
 
 def groups_of(runs: Sequence[PlannedRun]) -> list[Group]:
@@ -702,7 +694,7 @@ def planned_in(folder: Path) -> list[PlannedRun]:
     if not (folder / "group.json").is_file():
         path = folder / "study.json"
         told = RunDir(folder).read_json("study.json")
-        names = told.get("variants") if isinstance(told, dict) else None
+        names = as_mapping(told).get("variants")
         if not isinstance(names, dict) or not all(isinstance(n, str) and NAME.fullmatch(n) for n in names.values()):
             raise UsageError(f"{path}: variants: expected the folder of each by its name")
         folders = [folder / name for name in names.values()]
@@ -719,7 +711,7 @@ def _variant_of(folder: Path) -> Variant:
     """Return what a group trains, from the recipe's file, which must say what it said when the group was begun."""
     path = folder / "group.json"
     told = RunDir(folder).read_json("group.json")
-    name, file, overrides = (_plain(told).get(key) for key in ("variant", "file", "overrides"))
+    name, file, overrides = (as_mapping(told).get(key) for key in ("variant", "file", "overrides"))
     if file is None:
         raise UsageError(
             f"{path}: file: an older trainkit wrote no recipe's file; type the command that began it again"
@@ -1080,7 +1072,7 @@ examples:
         groups, code = _train(args, planned_in(folder))
         if (folder / "group.json").is_file():
             _report_seeds(groups[0], as_json=args.json)
-        elif _plain(RunDir(folder).read_json("study.json")).get("kind") == "ablation":
+        elif as_mapping(RunDir(folder).read_json("study.json")).get("kind") == "ablation":
             _report_ablation(folder, groups, args.metric, as_json=args.json)
         else:
             _report_study(groups, args.metric, as_json=args.json)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from trainkit import Run
 from trainkit.inference import pack_safetensors
 from trainkit.plugin import hookimpl, plugin
-from trainkit.run import best_of
+from trainkit.run import is_best_epoch
 
 __all__ = ["Weights"]
 
@@ -31,7 +31,7 @@ class Weights:
     @hookimpl
     def safe_point(self, run: Run) -> None:
         """Write what is due."""
-        if run.epoch_ended and best_of(run).get(run.metric_key(self.best), {}).get("epoch") == run.history[-1]["epoch"]:
+        if is_best_epoch(run, self.best):
             self._write(run, "best")
         if run.finished:
             self._write(run, "last")
