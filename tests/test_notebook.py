@@ -17,6 +17,7 @@ pytest.importorskip("ipykernel")
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
+@pytest.mark.slow
 def test_the_readmes_steps_run_in_a_notebook_cell_by_cell(tmp_path):
     (tmp_path / "recipes").symlink_to(RECIPES)
     steps = block("python", section("From Python")).replace('"epochs=2"', '"epochs=3", "plugins.figures.every=0"')

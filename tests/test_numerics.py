@@ -20,6 +20,7 @@ def clean(**variables):
     return {**{k: v for k, v in os.environ.items() if not k.startswith(capped)}, **variables}
 
 
+@pytest.mark.slow
 def test_a_run_and_what_checks_it_use_no_more_than_every_cpu_has(small, trainkit):
     text = small.read_text().replace("  checkpoint:\n", "  ledger:\n  checkpoint:\n")
     small.write_text(text)

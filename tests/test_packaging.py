@@ -264,6 +264,7 @@ def alone(tmp_path_factory):
     return {plugin: (modules, error) for plugin, modules, error in reports}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plugin", [plugin for plugin in PLUGINS if plugin not in SLOW_IMPORTS])
 def test_it_works_alone_beside_the_core(plugin, alone):
     """With the recipe lines of its own README it trains a step; of its kind, it imports itself alone."""
@@ -280,6 +281,7 @@ def files(plugin):
         return {*archive.namelist(), *(f"{info}/{name}" for name in noted)}
 
 
+@pytest.mark.slow
 def test_uninstalling_leaves_nothing_and_the_rest_works():
     """Some are uninstalled by pip, one by one; of all others, together, only what is left is looked at."""
     env = Environment()

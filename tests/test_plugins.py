@@ -141,6 +141,7 @@ def test_they_import_nothing_heavy():
     assert_light_imports(*(f"trainkit_{name}" for name in PLUGINS if name not in HEAVY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PLUGINS if name not in NOT_HERE])
 def test_it_keeps_the_promises_of_every_plugin(name, monkeypatch):
     monkeypatch.setattr("trainkit.testing.conformance.assert_light_imports", lambda *modules: None)  # above

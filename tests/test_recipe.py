@@ -402,6 +402,7 @@ def only_trainkit_errors(action):
         return None if error.exit_code == 2 and str(error) else pytest.fail("an error without a message")
 
 
+@pytest.mark.slow
 @given(st.dictionaries(keys | texts, trees, max_size=6))
 def test_any_tree_is_a_recipe_or_one_clear_error(tmp_path_factory, tree):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
@@ -509,6 +510,7 @@ plain = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(tricky, tricky, st.dictionaries(st.sampled_from(["a", "b", "a@1"]), st.dictionaries(tricky, plain, max_size=3)))
 @example("$${source}", "{name}", {})

@@ -189,6 +189,7 @@ def test_damaged_entry_points_that_cannot_concern_us_are_passed_over_silently(si
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
 @given(st.binary(max_size=60), st.binary(max_size=60), st.binary(max_size=60))
 def test_no_metadata_of_another_package_breaks_a_command(site, entry_points, metadata, direct_url):

@@ -105,6 +105,7 @@ def test_they_are_listed(env):
             assert (project["name"], project["version"], project["description"]) in found
 
 
+@pytest.mark.slow
 def test_a_recipe_trains_with_them(trained):
     folder, _ = trained
     result = json.loads((folder / "run" / "result.json").read_text())

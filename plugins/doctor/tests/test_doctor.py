@@ -62,6 +62,7 @@ def doctor(programs, capsys):
     return doctor
 
 
+@pytest.mark.slow
 def test_what_is_really_here_is_reported(capsys):
     code = main(["doctor", "--json"])
     findings = {f["what"]: f for f in json.loads(capsys.readouterr().out)}

@@ -74,6 +74,7 @@ def outputs_of(run_dir, images):
     return load_model(run_dir).outputs(images).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 33])
 def test_onnxruntime_gives_the_runs_outputs_for_any_number_of_images(exported, run_dir, count):
     folder, _ = exported

@@ -48,6 +48,7 @@ def test_each_has_four_files(everything):
         assert files == ["README.md", "pyproject.toml", f"tests/test_{home.name}.py", f"trainkit_{home.name}.py"]
 
 
+@pytest.mark.slow
 def test_each_passes_its_own_tests_unchanged(everything):
     # one interpreter for all, and one that counts their imports
     names = ["new_all", *(f"new_{hook}" for hook in OF_EACH_KIND)]  # half a second each

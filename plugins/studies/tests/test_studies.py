@@ -397,6 +397,7 @@ def study_in_a_process(arguments):
     sys.exit(main(arguments))
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_a_study_reaches_the_identical_end(folder):
     """Where a run is killed does not matter, nor that the study is."""
     context = multiprocessing.get_context("fork")
@@ -432,6 +433,7 @@ def test_killed_again_and_again_a_study_reaches_the_identical_end(folder):
         assert group.values("test_loss") == whole.values("test_loss")
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_run_that_is_trained_and_stops(folder):
     """With the processes that users start: a study, and a run in a process of its own."""
     command = [sys.executable, "-P", "-m", "trainkit", "run", "tiny.yaml", "epochs=100000", "--seeds", "0-1"]
