@@ -6,8 +6,7 @@ from torch import Tensor
 
 from trainkit import Run
 from trainkit.errors import PluginError
-from trainkit.plugin import hookimpl, plugin
-from trainkit.provenance import is_observer
+from trainkit.plugin import hookimpl, is_observer, plugin
 
 __all__ = ["Accumulate"]
 

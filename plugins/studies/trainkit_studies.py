@@ -40,7 +40,7 @@ import numpy as np
 
 from trainkit.cli.output import add_allow_local, error, number, print_json, printable, table, terminal
 from trainkit.errors import RecipeError, TrainkitError, UsageError, did_you_mean
-from trainkit.provenance import is_observer
+from trainkit.plugin import is_observer
 from trainkit.recipe import Recipe, load_recipe
 from trainkit.registry import installed, only
 from trainkit.rundir import RunDir, as_mapping, atomic_write, is_number, read_regular

@@ -679,7 +679,7 @@ def _build(recipe: Recipe, wrap_call: Callable[[Any, str, str], Any] | None = No
 def _without_observers(recipe: Recipe) -> Recipe:
     """Return a recipe without the plugins that only watch, but for the ledger and the records: they change no bit."""
     from trainkit.hooks import load_plugins
-    from trainkit.provenance import is_observer
+    from trainkit.plugin import is_observer
 
     plugins = load_plugins(recipe).plugins
     kept = {
