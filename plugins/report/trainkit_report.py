@@ -24,7 +24,7 @@ from trainkit.cli.output import error, number, printable, terminal, written
 from trainkit.errors import UsageError
 from trainkit.rundir import RunDir, as_mapping, atomic_write, is_number, parse_json, read_regular
 from trainkit_runs import StoredRun, cell, epochs_of  # type: ignore[import-untyped]
-from trainkit_studies import Group, compare, summarize  # type: ignore[import-untyped]
+from trainkit_studies import Group, compare, groups_in, summarize  # type: ignore[import-untyped]
 
 __all__ = ["REPORT", "Curve", "Evidence", "read_evidence", "report"]
 
@@ -281,13 +281,8 @@ def runs_in(path: Path) -> tuple[list[StoredRun], list[Group]]:
     Raises:
         UsageError: it is none of them.
     """
-    if (path / "study.json").is_file():
-        document = RunDir(path).read_json("study.json")
-        folders = as_mapping(as_mapping(document).get("variants")).values()
-        groups = [Group.read(path / Path(str(name)).name) for name in folders]
-    elif (path / "group.json").is_file():
-        groups = [Group.read(path)]
-    else:
+    groups = groups_in(path)
+    if not groups:
         RunDir(path).recipe_path()
         return [StoredRun(path)], []
     return [StoredRun(group.folder / f"seed-{seed}") for group in groups for seed in sorted(group.results)], groups

@@ -64,6 +64,7 @@ __all__ = [
     "compare",
     "cores",
     "facts_of",
+    "groups_in",
     "listing_table",
     "open_executor",
     "plan",
@@ -642,6 +643,19 @@ class Group:
     def _of(self, part: str, key: str) -> dict[int, float]:
         found = {seed: as_mapping(result.get(part)).get(key) for seed, result in self.results.items()}
         return {seed: float(value) for seed, value in found.items() if is_number(value)}
+
+
+def groups_in(folder: Path) -> list[Group]:
+    """Return the groups that a folder stands for: a group, or all those of a study or an ablation; none of any other.
+
+    Raises:
+        UsageError: one of its files is not what trainkit writes.
+    """
+    if (folder / "study.json").is_file():
+        document = RunDir(folder).read_json("study.json")
+        names = as_mapping(as_mapping(document).get("variants")).values()
+        return [Group.read(folder / Path(str(name)).name) for name in names]
+    return [Group.read(folder)] if (folder / "group.json").is_file() else []
 
 
 def groups_of(runs: Sequence[PlannedRun]) -> list[Group]:
