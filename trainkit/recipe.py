@@ -30,8 +30,9 @@ from trainkit.plugin import declared
 from trainkit.registry import base_name, installed
 from trainkit.rundir import read_regular
 
-__all__ = ["Recipe", "data_root", "load_recipe", "make_options"]
+__all__ = ["Recipe", "data_root", "load_recipe", "make_options", "read_yaml"]
 
+RECIPE_KEYS = "name, epochs, batch_size and plugins"
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 20
 MAX_INTEGER = 2**63 - 1  # what torch can count to
@@ -378,28 +379,45 @@ def _read_with_bases(path: Path, root: Path, seen: tuple[Path, ...]) -> dict[str
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = read_regular(path, MAX_BYTES)
-    except FileNotFoundError:
-        folder = path.parent if path.parent.is_dir() else Path("recipes")
-        near = [each.name for each in sorted(folder.glob("*.yaml"))]
-        close = did_you_mean(path.name, near) or did_you_mean(f"{path.name}.yaml", near)
-        raise RecipeError(f"{path}: no such recipe{close}") from None
+        return read_yaml(path, RECIPE_KEYS)
+    except RecipeError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+    folder = path.parent if path.parent.is_dir() else Path("recipes")
+    near = [each.name for each in sorted(folder.glob("*.yaml"))]
+    close = did_you_mean(path.name, near) or did_you_mean(f"{path.name}.yaml", near)
+    raise RecipeError(f"{path}: no such recipe{close}")
+
+
+def read_yaml(path: Path, keys: str) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds, by the rules for recipes.
+
+    It is plain data without tags and aliases, of bounded size and depth; ``1e-3`` is a number, and a key that is there
+    twice an error.
+
+    Args:
+        path: of the file.
+        keys: what the mapping should have, for the error.
+
+    Raises:
+        RecipeError: the file cannot be read, or holds something else.
+    """
+    try:
+        text = read_regular(path, MAX_BYTES).decode("utf-8")
     except OSError as error:
         cure = "; a recipe lists plugins, it holds no data" if error.errno == errno.EFBIG else ""
         raise RecipeError(f"{path}: cannot be read: {error.strerror}{cure}") from error
-    except ValueError as error:
-        raise RecipeError(f"{str(path)!r}: not the path of a file") from error
-    try:
-        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    tree = _parse(text, str(path))
+    except ValueError as error:
+        raise RecipeError(f"{str(path)!r}: not the path of a file") from error
+    tree = _parse(text, str(path), keys)
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: expected a mapping with name, epochs, batch_size and plugins")
+        raise RecipeError(f"{path}: expected a mapping with {keys}")
     return tree
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str, where: str, keys: str = RECIPE_KEYS) -> Any:
     """Parse YAML into plain data; refuses tags, aliases, depth and a lone value before anything is constructed."""
     depth = 0
     try:
@@ -412,7 +430,7 @@ def _parse(text: str, where: str) -> Any:
             if (tag := getattr(event, "tag", None)) is not None:
                 raise RecipeError(f"{where}, line {line}: YAML tag {tag!r} refused; a recipe is plain data")
             if depth == 0 and isinstance(event, yaml.ScalarEvent) and event.value:
-                raise RecipeError(f"{where}: expected a mapping with name, epochs, batch_size and plugins")
+                raise RecipeError(f"{where}: expected a mapping with {keys}")
             if isinstance(event, yaml.ScalarEvent) and event.style is None and _OTHER_BASE.fullmatch(event.value):
                 raise RecipeError(
                     f"{where}, line {line}: {event.value}: YAML would read another number there; write a number "

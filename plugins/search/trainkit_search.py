@@ -25,8 +25,8 @@ from attrs import field
 from trainkit.cli.output import add_allow_local, number, print_json, printable, table, terminal
 from trainkit.errors import RecipeError, TrainkitError, UsageError, did_you_mean
 from trainkit.plugin import hookimpl, plugin
-from trainkit.recipe import load_recipe
-from trainkit.rundir import atomic_write, read_regular
+from trainkit.recipe import load_recipe, read_yaml
+from trainkit.rundir import atomic_write
 
 if TYPE_CHECKING:
     import optuna
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SEARCH", "Pruning", "Space", "read_space"]
 
-MAX_SPACE = 1 << 18  # bytes
 METRIC = "validation_accuracy"
 KEYS = ("metric", "better", "trials", "seed", "space")
 RANGE_KEYS = ("low", "high", "log", "step")
@@ -78,20 +77,11 @@ def read_space(path: Path) -> Space:
     """Read what is to be searched.
 
     Raises:
-        UsageError: the file, or a key of it, is wrong.
+        UsageError: a key of it is wrong.
+        RecipeError: the file cannot be read.
     """
-    import yaml
-
-    try:
-        text = read_regular(path, MAX_SPACE).decode()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise UsageError(f"{path}: YAML aliases are not supported; write it out")
-        document = yaml.safe_load(text)
-    except OSError as problem:
-        raise UsageError(f"{path}: cannot be read: {problem.strerror}") from problem
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as problem:
-        raise UsageError(f"{path}: no YAML: {' '.join(str(problem).split())[:200]}") from problem
-    if not isinstance(document, dict) or not isinstance(document.get("space"), dict) or not document["space"]:
+    document = read_yaml(path, "space")
+    if not isinstance(document.get("space"), dict) or not document["space"]:
         raise UsageError(f"{path}: expected a mapping with `space`, keys of the recipe and what they may be")
     for key in document:
         if key not in KEYS:
@@ -124,7 +114,7 @@ def _check_range(place: str, what: Any) -> None:
         raise UsageError(f"{place}: expected a list of values, or {{low: ..., high: ..., log: true}}, got {what!r}")
     numbers = [what[key] for key in ("low", "high", "step") if key in what]
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers):
-        raise UsageError(f"{place}: low, high and step are numbers, got {what!r}; write 1.0e-3, not 1e-3")
+        raise UsageError(f"{place}: low, high and step are numbers, got {what!r}")
     if not what["low"] < what["high"] or (what.get("log") and (what["low"] <= 0 or "step" in what)):
         raise UsageError(f"{place}: low must be less than high; with log: true greater than 0, and without a step")
 

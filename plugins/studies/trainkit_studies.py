@@ -41,9 +41,9 @@ import numpy as np
 from trainkit.cli.output import add_allow_local, error, number, print_json, printable, table, terminal
 from trainkit.errors import RecipeError, TrainkitError, UsageError, did_you_mean
 from trainkit.plugin import is_observer
-from trainkit.recipe import Recipe, load_recipe
+from trainkit.recipe import Recipe, load_recipe, read_yaml
 from trainkit.registry import installed, only
-from trainkit.rundir import RunDir, as_mapping, atomic_write, is_number, read_regular
+from trainkit.rundir import RunDir, as_mapping, atomic_write, is_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +78,6 @@ __all__ = [
 METRIC = "test_accuracy"
 LEVEL = 0.95  # of confidence
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")  # of a variant's folder
-MAX_STUDY = 1 << 20  # bytes
 MAX_RUNS = 10_000
 NO_PART = {"seed", "description", "source", "expect", "name"}  # of what tells one recipe's results from another's
 STOPPED = (130, 143)  # what a run that was asked to stop exits with
@@ -208,19 +207,10 @@ def read_study(path: Path, overrides: Sequence[str]) -> tuple[str, list[Variant]
         overrides: of all variants, behind their own.
 
     Raises:
-        UsageError: the file or a key of it is wrong.
-        RecipeError: a variant's recipe is.
+        UsageError: a key of it is wrong.
+        RecipeError: the file cannot be read, or a variant's recipe is wrong.
     """
-    import yaml
-
-    try:
-        text = read_regular(path, MAX_STUDY).decode()
-        document = yaml.safe_load(text) if "&" not in text else _without_aliases(yaml, text)
-    except OSError as problem:
-        raise UsageError(f"{path}: cannot be read: {problem.strerror}") from problem
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as problem:
-        raise UsageError(f"{path}: no YAML: {' '.join(str(problem).split())[:200]}") from problem
-    given = _mapping(document, f"{path}")
+    given = read_yaml(path, "variants")
     _known(given, ("name", "recipe", "seeds", "overrides", "variants"), f"{path}")
     name = given.get("name", path.name.partition(".")[0])
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
@@ -246,13 +236,6 @@ def read_study(path: Path, overrides: Sequence[str]) -> tuple[str, list[Variant]
     if not variants:
         raise UsageError(f"{path}: variants: there are none")
     return name, variants, found
-
-
-def _without_aliases(yaml: Any, text: str) -> Any:
-    """Parse YAML, but refuse anchors and aliases, which make a large document of a small one."""
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-        raise yaml.YAMLError("aliases are not supported; write it out")
-    return yaml.safe_load(text)
 
 
 def _mapping(value: Any, place: str) -> dict[str, Any]:

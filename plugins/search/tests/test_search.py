@@ -126,7 +126,7 @@ def test_a_search_by_the_test_split_is_refused(folder, capsys):
         ("space: {plugins.sgd.lrr: [1, 2]}", "plugins.sgd.lrr: unknown key"),
         ("metric: validation_speed\nspace: {epochs: [1, 2]}", "reports 'validation_speed'"),
         ("better: bigger\nspace: {epochs: [1, 2]}", "better: expected more or less"),
-        ("space: [", "no YAML"),
+        ("space: [", "YAML syntax"),
         ("space: &a {x: *a}", "aliases"),
     ],
 )

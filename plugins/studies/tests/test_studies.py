@@ -172,10 +172,10 @@ def test_an_edited_variant_is_another_group_and_a_description_is_no_edit(folder)
         ("plugins.sgd.lr: 0.01", "plugins.sgd.lrr: 0.01", r"variant slow: .*plugins\.sgd\.lrr: unknown key"),
         ("epochs: 1", "epochs: many", r"variants\.base: .*epochs"),
         ("seeds: 0-2", "seeds: few", "--seeds: 'few'"),
-        ("seeds: 0-2", "seeds: [", "no YAML"),
+        ("seeds: 0-2", "seeds: [", "YAML syntax"),
         ("name: small", "name: ../up", "name: expected letters"),
         ("  base:", "  base: &a {}\n  other: *a", "aliases are not supported"),
-        ("  base:", "  base: !!python/object/apply:os.abort []", "no YAML"),
+        ("  base:", "  base: !!python/object/apply:os.abort []", "YAML tag .* refused"),
     ],
 )
 def test_a_study_that_is_wrong_is_refused_before_anything_is_trained(folder, capsys, old, new, said):
@@ -183,6 +183,12 @@ def test_a_study_that_is_wrong_is_refused_before_anything_is_trained(folder, cap
     assert main(["study", "small.yaml"]) == 2
     assert re.search(said, capsys.readouterr().err)
     assert not (folder / "runs").exists()
+
+
+def test_numbers_are_read_as_in_a_recipe(folder):
+    (folder / "small.yaml").write_text(STUDY.replace("0.01", "1e-3"))
+    _, variants, _ = read_study(Path("small.yaml"), [])
+    assert variants[1].recipe.plugins["sgd"]["lr"] == 1e-3
 
 
 @pytest.mark.slow
