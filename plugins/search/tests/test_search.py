@@ -26,7 +26,7 @@ plugins:
 SPACE = """\
 trials: 5
 space:
-  plugins.sgd.lr: {low: 1.0e-4, high: 1.0, log: true}
+  plugins.sgd.lr: {low: 1e-4, high: 1.0, log: true}
   batch_size: [64, 128]
 """
 
