@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import attrs
 
@@ -52,7 +52,7 @@ LEFT_OUT_FIRST = ("command", "hardware", "PFLOP", "seconds", "parameters", "veri
 
 # A path from the root, from a home directory or with a drive, where it begins a word; the path of a URL does not.
 ABSOLUTE = re.compile(
-    r"""(?<![^\s"'=(,\[{:`])(?:(?:file://)?(?:~\w*)?/|[A-Za-z]:[\\/]|\\\\)[^\s"',;:()\[\]{}`/\\][^\s"',;()\[\]{}`]*"""
+    r"""(?<![^\s"'=(,\[{:`])(?:(?:file://)?(?:~\w*)?/|[A-Za-z]:[\\/]|\\\\)[^\s"',;:()\[\]{}`/\\][^\s"',;:()\[\]{}`]*"""
 )
 
 
@@ -450,15 +450,13 @@ def _images(folder: Path, result: Mapping[str, Any]) -> int | None:
 
 def _hardware(environment: Mapping[str, Any], dtype: str | None) -> Hardware:
     """Return what ``environment.json`` tells of the machine."""
-    sets = environment.get("instruction_sets")
-    sets = sets if isinstance(sets, dict) else {}
-    gpu = environment.get("gpu")
+    sets = _mapping(environment.get("instruction_sets"))
     threads = environment.get("threads")
     return Hardware(
         processor=_text(environment.get("processor")),
         instruction_set=_text(str(sets.get("onednn_convolution", "")).rpartition(":")[2] or sets.get("torch")),
         threads=threads if isinstance(threads, int) else None,
-        gpu=_text(gpu.get("model")) if isinstance(gpu, dict) else None,
+        gpu=_text(_mapping(environment.get("gpu")).get("model")),
         dtype=dtype,
     )
 
@@ -567,19 +565,18 @@ class Row:
     @property
     def expected(self) -> dict[str, float]:
         """What should be reached, by metric: published, or what the recipe's author says."""
-        told = self.results[0].get("expected")
-        found = told if isinstance(told, dict) else {}
+        found = _mapping(self.results[0].get("expected"))
         return {name: value for name, value in found.items() if name != "parameters" and _is_number(value)}
 
     def values(self, metric: str) -> list[float]:
         """Return the last value of a metric of each run that has one. The last: the best of many is too good."""
-        finals = [final for result in self.results if isinstance(final := result.get("final"), dict)]
-        return [float(final[metric]) for final in finals if _is_number(final.get(metric))]
+        found = [_mapping(result.get("final")).get(metric) for result in self.results]
+        return [float(value) for value in found if _is_number(value)]
 
     def seconds(self) -> list[float]:
         """Return how long each run took, evaluation included."""
-        parts = [part for result in self.results if isinstance(part := result.get("seconds"), dict)]
-        return [float(part["total"]) for part in parts if _is_number(part.get("total"))]
+        found = [_mapping(result.get("seconds")).get("total") for result in self.results]
+        return [float(value) for value in found if _is_number(value)]
 
     def verdict(self) -> str:
         """Return what came of ``trainkit verify``, and the share of steps that it replayed where that is not all."""
@@ -595,8 +592,12 @@ class Row:
         return said if share == 1 or "proved" not in counts else f"{said} ({min(99, round(100 * share))} %)"
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -640,12 +641,12 @@ def metrics_of(rows: Sequence[Row]) -> list[str]:
     """
     names: dict[str, None] = {}
     for row in rows:
-        reached = [name for result in row.results for name in (result.get("final") or {})]
+        reached = [name for result in row.results for name in _mapping(result.get("final"))]
         for metric in row.expected:
             names |= {metric: None}
             names |= {name: None for name in reached if name.startswith(f"{metric}_")}
     if not names:
-        names = {name: None for row in rows for result in row.results for name in (result.get("better") or {})}
+        names = {name: None for row in rows for result in row.results for name in _mapping(result.get("better"))}
     return list(names)
 
 
@@ -717,7 +718,7 @@ def markdown(rows: Sequence[Row], folder: Path) -> str:
     for row, line in zip(rows, lines, strict=True):
         where = Path(os.path.relpath(row.folder.resolve(), folder.resolve())).as_posix()
         name, *others, command = map(_markdown, line)
-        body.append("| " + " | ".join([f"[{name}]({where})", *others, f"`{command}`"]) + " |")
+        body.append("| " + " | ".join([f"[{name}]({where})", *others, "`" + command.replace("`", "'") + "`"]) + " |")
     notes = [_item(f"`{row.folder.name}`: {_markdown(row.kept.note)}") for row in rows if row.kept.note]
     return "\n".join([*head, *body, "", f"{LEGEND[0].upper()}{LEGEND[1:]}.", *([""] if notes else []), *notes]) + "\n"
 
@@ -850,7 +851,7 @@ def _facts(row: Row, metrics: Sequence[str]) -> dict[str, Any]:
     """Return what JSON says of a row."""
     better: dict[str, Any] = {}
     for result in row.results:
-        better |= result.get("better") or {}
+        better |= _mapping(result.get("better"))
     reached = {
         metric: {**attrs.asdict(summarize(values)), "values": values, "better": better.get(metric)}
         for metric in metrics
