@@ -44,6 +44,12 @@ def test_links_lead_somewhere():
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
+def test_the_table_of_results_is_current(monkeypatch):
+    """It says what `recipes/results` holds; `trainkit recipes results --write README.md` writes it."""
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["recipes", "results", "--write", "README.md", "--check"]) == 0
+
+
 def commands(text):
     """Return the words of each `trainkit` command in a text's blocks of shell commands, without `trainkit`."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)

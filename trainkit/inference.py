@@ -41,6 +41,7 @@ __all__ = [
     "model_files",
     "pack_safetensors",
     "read_safetensors",
+    "untrained",
 ]
 
 #: Images as :meth:`LoadedModel.preprocess` takes them.
@@ -202,6 +203,21 @@ def load_model(
         recipe=recipe.name,
         run=run,
     )
+
+
+def untrained(run_dir: str | Path, *, console: Console | None = None) -> Run:
+    """Build the network of a run again, on this machine's device and untrained: no data set or checkpoint is needed.
+
+    Args:
+        run_dir: the directory of a run.
+        console: where plugins print for people; by default nowhere.
+
+    Raises:
+        TrainkitError: the directory is not that of a run, or a plugin is missing.
+    """
+    directory = RunDir(Path(run_dir))
+    recipe = load_recipe(directory.recipe_path(), ["device=auto"])
+    return build_network(recipe, load_plugins(recipe), _described(directory)[0], console or _nowhere())
 
 
 def model_files(run_dir: str | Path, checkpoint: str = "best") -> list[Path]:
