@@ -92,6 +92,7 @@ def test_a_run_is_kept_byte_for_byte_with_what_trains_it_again(here):
     copied = {name for name in held if name not in ("kept.json", "verified.json")}
     assert copied >= {"recipe.yaml", "result.json", "metrics.csv", "ledger.jsonl", "figures/accuracy.png"}
     assert {name for name in copied if held[name] != run[name]} == set()
+    assert main(["verify", "recipes/results/told", "--files"]) == 0  # they fit each other and the ledger
     kept = read_kept(here / "recipes/results/told/kept.json")
     assert kept.command == "trainkit run recipes/told.yaml seed=3 plugins.sgd.lr=0.05"
     assert (kept.recipe, kept.note, kept.replaced) == ("told", "Beside others.", ())
@@ -124,7 +125,7 @@ def test_neither_weights_nor_a_path_of_the_machine_are_kept(here):
     assert [name for name, data in held.items() if str(here).encode() in data] == []
     assert json.loads(held["seed-1/verified.json"])["sentence"] == "seed-1: verified, as DIR says"
     kept = read_kept(here / "recipes/results/told/kept.json")
-    assert kept.replaced == ("recipe.yaml: plugins.image_folder.root",)
+    assert set(kept.replaced) == {"recipe.yaml: plugins.image_folder.root", "plugins.lock.json: options.root"}
     assert kept.command == "trainkit run recipes/told.yaml plugins.image_folder.root=DIR --seeds 0-1"
     recipe = trainkit.load_recipe("recipes/results/told/seed-1/recipe.yaml")
     assert (recipe.seed, recipe.plugins["image_folder"]) == (1, {"root": "DIR", "size": 8})
@@ -284,6 +285,16 @@ def test_a_note_cannot_end_the_generated_part(here, capsys):
     text = Path("README.md").read_text()
     assert text.count("<!-- end -->") == text.count("More.") == 1
     assert "`told`: a \\| b &lt;!-- end --> # Title" in text
+
+
+def test_of_the_files_of_a_recipe_code_is_kept_and_neither_weights_nor_paths(here, capsys, tmp_path):
+    shutil.copytree("runs/one", tmp_path / "run")
+    (tmp_path / "run/files/local").mkdir(parents=True)
+    for name, text in (("a.py", "x = 1 / 2"), ("b.py", "x = '/home/me/x'"), ("c.safetensors", "x")):
+        (tmp_path / "run/files/local" / name).write_text(text)
+    assert main(["runs", "keep", str(tmp_path / "run"), "-o", str(tmp_path / "out")]) == 0
+    assert "files/local/b.py: not copied: it holds an absolute path" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out/files/local").iterdir()] == ["a.py"]
 
 
 def test_the_format_of_numbers_on_another_machine_is_not_guessed(here, tmp_path):
