@@ -198,7 +198,8 @@ def test_the_papers_study_runs_whole_on_few_images(folder, in_this_process, caps
             path = folder / "images" / split / CLASSES[label] / "0.png"
             path.parent.mkdir(parents=True)
             Image.new("RGB", (32, 32), (20 * label, 100, 200)).save(path)
-    small = ["epochs=1", "batch_size=4", "max_steps=1", "plugins.cifar10.root=images", "plugins.figures=false"]
+    watchers = [f"plugins.{name}=false" for name in ("figures", "ledger", "model_summary", "weights")]
+    small = ["epochs=1", "batch_size=4", "max_steps=1", "plugins.cifar10.root=images", *watchers]
     study = str(ROOT / "recipes" / "paper.study.yaml")
     assert main(["study", study, *small, "--seeds", "0", "-o", "paper", "--json"]) == 0
     groups = {path.name.rpartition("-")[0]: Group.read(path) for path in Path("paper").iterdir() if path.is_dir()}
