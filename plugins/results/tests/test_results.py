@@ -174,7 +174,9 @@ def test_a_group_is_a_row_with_its_mean_and_deviation(here, capsys):
     )
     assert main(["recipes", "results", "--write", "README.md"]) == 0
     text = Path("README.md").read_text()
-    assert "| 2 | 92.25 (sd 1.1) | 93.25 (sd 1.1) | 99 | 1,000 to 2,000 | - |" in text
+    assert "| 2 | 92.25 (sd 1.1) | 93.25 (sd 1.1) | 99 | - | 1,000 to 2,000 |" in text
+    command = "trainkit run recipes/told.yaml plugins.image_folder.root=DIR --seeds 0-1"
+    assert f"| [told](recipes/results/told)<br>`{command}` |" in text
     assert text.startswith("# Mine\n")
     assert text.endswith("<!-- end -->\nMore.\n")
     assert "stale text" not in text
