@@ -117,6 +117,12 @@ def test_requirements_install_every_plugin():
     ]
 
 
+def test_uv_takes_first_party_requirements_from_the_workspace():
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["uv"]
+    required = {distribution(name) for plugin in PLUGINS for name in needs(plugin)[1:]}
+    assert set(tool["sources"]) == {"trainkit", *required}
+
+
 # Run by an environment that holds the core alone. Each wheel is imported, as a zip, by a process of its own, forked
 # when torch is there and warm. The network's modules are named like those of `resnet` and the images are of CIFAR-10's
 # size, so that the recipe lines of every README fit.
