@@ -78,7 +78,7 @@ def test_a_reader_that_has_seen_enough_does_not_end_a_run(small, trainkit):
 
 def test_a_command_whose_actions_come_from_plugins_explains_itself(capsys):
     assert main(["runs", "--help"]) == 0
-    assert "actions: check, compare, confusion, curves, list, " in capsys.readouterr().out
+    assert "actions: check, compare, confusion, curves, keep, list, " in capsys.readouterr().out
 
 
 @pytest.mark.slow
