@@ -273,10 +273,11 @@ def alone(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("plugin", [plugin for plugin in PLUGINS if plugin not in SLOW_IMPORTS])
 def test_it_works_alone_beside_the_core(plugin, alone):
-    """With the recipe lines of its own README it trains a step; of its kind, it imports itself alone."""
+    """With the recipe lines of its own README it trains a step; of its kind, it imports what it requires alone."""
     modules, error = alone[plugin]
     assert error is None
-    assert modules == sorted(f"trainkit_{name}" for name in needs(plugin))
+    assert f"trainkit_{plugin}" in modules
+    assert set(modules) <= {f"trainkit_{name}" for name in needs(plugin)}
 
 
 def files(plugin):
