@@ -23,18 +23,15 @@ from trainkit import __version__, provenance
 from trainkit.cli.output import error, number, printable, terminal, written
 from trainkit.errors import UsageError
 from trainkit.rundir import RunDir, as_mapping, atomic_write, is_number, parse_json, read_regular
-from trainkit_runs import StoredRun, cell, epochs_of  # type: ignore[import-untyped]
+from trainkit_runs import VERIFIED, Evidence, StoredRun, cell, chain_of, epochs_of, read_evidence  # type: ignore[import-untyped]
 from trainkit_studies import Group, compare, groups_in, summarize  # type: ignore[import-untyped]
 
-__all__ = ["REPORT", "Curve", "Evidence", "read_evidence", "report"]
+__all__ = ["REPORT", "Curve", "report"]
 
 MAX_PICTURE = 1 << 24  # bytes of a picture, and of the JSON document beside it
-MAX_EVIDENCE = 1 << 20  # bytes of what `trainkit verify` writes
 MAX_ROWS = 200  # of a table that a JSON document holds
 FREQUENT = 20  # confusions that are listed
 MAX_RUNS = 200
-VERIFIED = "verified.json"  # what `trainkit verify RUN -o RUN/verified.json` writes
-VERDICTS = ("proved", "agrees", "differs", "not possible")
 SPLITS = ("test", "validation")  # whose metrics are a result, the foremost first
 PICTURES = {
     "predictions": "What images are taken for",
@@ -485,73 +482,6 @@ def _short(value: Any) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-@attrs.frozen
-class Evidence:
-    """What ``trainkit verify`` found, as its writer says: nothing proves that it was not written by hand.
-
-    Args:
-        path: of the file.
-        ledger: the last hash of the ledger that was checked; it tells which run that is.
-        sentence: what was found, in words.
-        checks: subject, verdict and detail of each check.
-        proved: whether the file says that everything which was checked was proved.
-        passed: whether it says that nothing differs.
-        replayed: steps that were replayed and came out identical.
-        steps: of the whole run.
-    """
-
-    path: Path
-    ledger: str
-    sentence: str
-    checks: list[tuple[str, str, str]]
-    proved: bool
-    passed: bool
-    replayed: int
-    steps: int
-
-    @property
-    def verdict(self) -> str:
-        """All verdicts in a word; a file that contradicts itself is not taken at its best."""
-        verdicts = {verdict for _, verdict, _ in self.checks}
-        if "differs" in verdicts:
-            return "differs"
-        if self.proved and verdicts == {"proved"}:
-            return "proved"
-        return "agrees" if self.passed and verdicts else "not verified"
-
-
-def read_evidence(path: Path) -> Evidence:
-    """Read what ``trainkit verify RUN -o FILE`` wrote.
-
-    Raises:
-        UsageError: it cannot be read, or is no such file.
-    """
-    cure = "write it with: trainkit verify RUN -o FILE"
-    try:
-        told = parse_json(read_regular(path, MAX_EVIDENCE))
-    except OSError as problem:
-        raise UsageError(f"{path}: cannot be read: {problem.strerror}") from problem
-    except ValueError as problem:
-        raise UsageError(f"{path}: not JSON: {problem}; {cure}") from problem
-    told = as_mapping(told)
-    kinds = {"ledger": str, "sentence": str, "checks": list, "proved": bool, "passed": bool}
-    kinds |= {"replayed": int, "steps": int}
-    for key, kind in kinds.items():
-        if not isinstance(told.get(key), kind):
-            raise UsageError(f"{path}: {key}: expected {kind.__name__}, got {_short(told.get(key))}; {cure}")
-    if not told["ledger"]:
-        raise UsageError(f"{path}: ledger: empty: the run that was checked has no ledger that could be read")
-    if len(told["checks"]) > MAX_ROWS:
-        raise UsageError(f"{path}: checks: {len(told['checks']):,}, and `trainkit verify` makes {MAX_ROWS} at most")
-    checks: list[tuple[str, str, str]] = []
-    for n, check in enumerate(map(as_mapping, told["checks"])):
-        what, verdict, detail = (check.get(key) for key in ("what", "verdict", "detail"))
-        if not (isinstance(what, str) and verdict in VERDICTS and isinstance(detail, str)):
-            raise UsageError(f"{path}: checks[{n}]: expected what, verdict ({', '.join(VERDICTS)}) and detail; {cure}")
-        checks.append((what, verdict, detail))
-    return Evidence(path=path, checks=checks, **{key: told[key] for key in kinds if key != "checks"})
-
-
 def evidence_of(runs: Sequence[StoredRun], given: Sequence[Path]) -> dict[str, list[Evidence]]:
     """Return what was found when runs were checked, by the last hash of their ledgers.
 
@@ -563,7 +493,7 @@ def evidence_of(runs: Sequence[StoredRun], given: Sequence[Path]) -> dict[str, l
         UsageError: a file is wrong, or is of none of the runs.
     """
     lying = [path for run in runs if (path := run.folder / VERIFIED).exists()]
-    known = [chain for run in runs if (chain := _chain(run))]
+    known = [chain for run in runs if (chain := chain_of(run.result))]
     found: dict[str, list[Evidence]] = {}
     for path in {path.resolve(): path for path in [*given, *lying]}.values():
         evidence = read_evidence(path)
@@ -577,17 +507,11 @@ def evidence_of(runs: Sequence[StoredRun], given: Sequence[Path]) -> dict[str, l
     return found
 
 
-def _chain(run: StoredRun) -> str:
-    """Return the last hash of a run's ledger, as its result has it; empty where it has none."""
-    chain = as_mapping(as_mapping(run.result.get("evidence")).get("ledger")).get("chain")
-    return chain if isinstance(chain, str) else ""
-
-
 def _checked(runs: Sequence[StoredRun], names: Sequence[str], evidence: Mapping[str, Sequence[Evidence]]) -> str:
     rows, found = [], []
     for run, name in zip(runs, names, strict=True):
         ledger = (run.folder / "ledger.jsonl").is_file()
-        of_run = evidence.get(_chain(run), ())
+        of_run = evidence.get(chain_of(run.result), ())
         verdicts = ", ".join(each.verdict for each in of_run) or "not checked"
         steps = ", ".join(f"{number(each.replayed)} of {number(each.steps)}" for each in of_run) or "-"
         command = f"trainkit verify {name}" if ledger else "no ledger: list the plugin ledger in the recipe"

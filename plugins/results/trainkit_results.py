@@ -22,15 +22,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from textwrap import fill
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from trainkit.cli.output import add_allow_local, number, print_json, printable, table, terminal, written
 from trainkit.errors import RecipeError, TrainkitError, UsageError, did_you_mean
 from trainkit.recipe import Recipe, from_dict, load_recipe
-from trainkit.rundir import MAX_LOG, RunDir, atomic_write, parse_json, read_regular
-from trainkit_runs import StoredRun  # type: ignore[import-untyped]
+from trainkit.rundir import MAX_LOG, RunDir, as_mapping, atomic_write, is_number, parse_json, read_regular
+from trainkit_runs import VERIFIED, Evidence, StoredRun, chain_of, read_evidence  # type: ignore[import-untyped]
 from trainkit_studies import Group, summarize  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["KEEP", "RESULTS", "Hardware", "Kept", "Row", "keep", "markdown", "read_kept", "read_rows"]
 
 FILE = "kept.json"
-VERIFIED = "verified.json"
 HOME = Path("recipes/results")
 MAX_KEPT = 1 << 20  # bytes of kept.json
 MAX_PICTURE = 1 << 19  # bytes of a figure; a larger one is not copied
@@ -278,7 +277,12 @@ def keep(
         said.append("the images trained on, and PFLOP, are not known: no checkpoint of the end is there")
     if group is not None:
         told = RunDir(source).read_json("group.json")
-        overrides = [_without_paths_of_override(line) for line in told.get("overrides", [])]
+        lines = told.get("overrides", [])
+        if not (isinstance(lines, list) and all(isinstance(line, str) for line in lines)):
+            raise UsageError(
+                f"{source / 'group.json'}: overrides: expected a list of KEY=VALUE, got {written(lines)[:100]}"
+            )
+        overrides = [_without_paths_of_override(line) for line in lines]
         # the path to the recipe's file holds where the group lay; the command has it
         kept_group = {key: told[key] for key in ("variant", "recipe") if key in told}
         files["group.json"] = (
@@ -367,14 +371,6 @@ def _note(replaced: list[str], file: str, keys: Sequence[str]) -> None:
     replaced += [place for key in keys if (place := f"{file}: {key}") not in replaced]
 
 
-def _chain(result: Mapping[str, Any]) -> str | None:
-    """Return the last hash of a run's ledger, as its result has it."""
-    try:
-        return str(result["evidence"]["ledger"]["chain"])
-    except (KeyError, TypeError):
-        return None
-
-
 def _verifications(
     runs: Mapping[str, StoredRun], results: Mapping[str, Mapping[str, Any]], given: Sequence[Path]
 ) -> dict[str, dict[str, Any]]:
@@ -383,38 +379,22 @@ def _verifications(
     Raises:
         UsageError: a file is not what ``trainkit verify`` writes, or is of another run.
     """
-    by_chain = {_chain(result): folder for folder, result in results.items() if _chain(result)}
+    by_chain = {chain: folder for folder, result in results.items() if (chain := chain_of(result))}
     found = {}
     beside = [run.folder / VERIFIED for run in runs.values() if (run.folder / VERIFIED).is_file()]
     for path in [*beside, *given]:
-        told = _read_verified(path)
-        if told["ledger"] not in by_chain:
+        evidence = read_evidence(path)
+        if evidence.ledger not in by_chain:
             raise UsageError(
-                f"{path}: ledger: it is of another run: no run here has the last hash {told['ledger'][:12]!r}; "
+                f"{path}: ledger: it is of another run: no run here has the last hash {evidence.ledger[:12]!r}; "
                 "verify the run itself: trainkit verify RUN_DIR -o FILE"
             )
-        folder = by_chain[told["ledger"]]
-        run = str(told.get("run", ""))
-        text = json.dumps(told)
+        folder = by_chain[evidence.ledger]
+        run = str(evidence.document.get("run", ""))
+        text = json.dumps(evidence.document)
         if PurePosixPath(run).is_absolute() or PureWindowsPath(run).is_absolute():
             text = text.replace(json.dumps(run)[1:-1], runs[folder].folder.resolve().name)
         found[folder] = without_paths(json.loads(text), "", [])
-    return found
-
-
-def _read_verified(path: Path) -> dict[str, Any]:
-    """Read what ``trainkit verify -o`` wrote."""
-    kinds = {"ledger": str, "steps": int, "replayed": int, "passed": bool, "proved": bool}
-    try:
-        told = parse_json(read_regular(path, MAX_KEPT))
-        wrong = [key for key, kind in kinds.items() if not isinstance(told[key], kind)]
-    except OSError as problem:
-        raise UsageError(f"{path}: cannot be read: {problem.strerror}") from problem
-    except (ValueError, KeyError, TypeError) as problem:
-        raise UsageError(f"{path}: not what `trainkit verify RUN_DIR -o FILE` writes: {problem!r}") from problem
-    if wrong:
-        raise UsageError(f"{path}: {wrong[0]}: not what `trainkit verify RUN_DIR -o FILE` writes")
-    found: dict[str, Any] = told
     return found
 
 
@@ -462,13 +442,13 @@ def _images(folder: Path, result: Mapping[str, Any]) -> int | None:
 
 def _hardware(environment: Mapping[str, Any], dtype: str | None) -> Hardware:
     """Return what ``environment.json`` tells of the machine."""
-    sets = _mapping(environment.get("instruction_sets"))
+    sets = as_mapping(environment.get("instruction_sets"))
     threads = environment.get("threads")
     return Hardware(
         processor=_text(environment.get("processor")),
         instruction_set=_text(str(sets.get("onednn_convolution", "")).rpartition(":")[2] or sets.get("torch")),
         threads=threads if isinstance(threads, int) else None,
-        gpu=_text(_mapping(environment.get("gpu")).get("model")),
+        gpu=_text(as_mapping(environment.get("gpu")).get("model")),
         dtype=dtype,
     )
 
@@ -573,44 +553,36 @@ class Row:
     folder: Path
     kept: Kept
     results: tuple[Mapping[str, Any], ...]
-    verified: tuple[Mapping[str, Any] | None, ...]
+    verified: tuple[Evidence | None, ...]
 
     @property
     def expected(self) -> dict[str, float]:
         """What should be reached, by metric: published, or what the recipe's author says."""
-        found = _mapping(self.results[0].get("expected"))
-        return {name: value for name, value in found.items() if name != "parameters" and _is_number(value)}
+        found = as_mapping(self.results[0].get("expected"))
+        return {name: value for name, value in found.items() if name != "parameters" and is_number(value)}
 
     def values(self, metric: str) -> list[float]:
         """Return the last value of a metric of each run that has one. The last: the best of many is too good."""
-        found = [_mapping(result.get("final")).get(metric) for result in self.results]
-        return [float(value) for value in found if _is_number(value)]
+        found = [as_mapping(result.get("final")).get(metric) for result in self.results]
+        return [float(value) for value in found if is_number(value)]
 
     def seconds(self) -> list[float]:
         """Return how long each run took, evaluation included."""
-        found = [_mapping(result.get("seconds")).get("total") for result in self.results]
-        return [float(value) for value in found if _is_number(value)]
+        found = [as_mapping(result.get("seconds")).get("total") for result in self.results]
+        return [float(value) for value in found if is_number(value)]
 
     def verdict(self) -> str:
         """Return what came of ``trainkit verify``, and the share of steps that it replayed where that is not all."""
         found = [each for each in self.verified if each is not None]
         if not found:
             return "-"
-        words = ["proved" if each["proved"] else "agrees" if each["passed"] else "failed" for each in found]
+        words = [each.verdict if each.verdict in ("proved", "agrees") else "failed" for each in found]
         n = len(self.results)
         counts = Counter(words)
         said = ", ".join(word if count == n else f"{word} {count}/{n}" for word, count in counts.items())
-        share = sum(each["replayed"] for each in found) / max(1, sum(each["steps"] for each in found))
+        share = sum(each.replayed for each in found) / max(1, sum(each.steps for each in found))
         # 99.6 % is not all
         return said if share == 1 or "proved" not in counts else f"{said} ({min(99, round(100 * share))} %)"
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _mapping(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -636,8 +608,8 @@ def _read_row(folder: Path) -> Row:
         result = RunDir(home).read_json("result.json")
         if not isinstance(result, dict):
             raise UsageError(f"{home / 'result.json'}: expected an object, got {written(result)[:100]}")
-        found = _read_verified(home / VERIFIED) if (home / VERIFIED).is_file() else None
-        if found is not None and found["ledger"] != _chain(result):
+        found = read_evidence(home / VERIFIED) if (home / VERIFIED).is_file() else None
+        if found is not None and found.ledger != chain_of(result):
             raise UsageError(
                 f"{home / VERIFIED}: ledger: it is of another run than result.json beside it; verify the run again and "
                 f"keep it: trainkit runs keep RUN_DIR -o {folder} --verified FILE"
@@ -654,12 +626,12 @@ def metrics_of(rows: Sequence[Row]) -> list[str]:
     """
     names: dict[str, None] = {}
     for row in rows:
-        reached = [name for result in row.results for name in _mapping(result.get("final"))]
+        reached = [name for result in row.results for name in as_mapping(result.get("final"))]
         for metric in row.expected:
             names |= {metric: None}
             names |= {name: None for name in reached if name.startswith(f"{metric}_")}
     if not names:
-        names = {name: None for row in rows for result in row.results for name in _mapping(result.get("better"))}
+        names = {name: None for row in rows for result in row.results for name in as_mapping(result.get("better"))}
     return list(names)
 
 
@@ -853,7 +825,7 @@ def _facts(row: Row, metrics: Sequence[str]) -> dict[str, Any]:
     """Return what JSON says of a row."""
     better: dict[str, Any] = {}
     for result in row.results:
-        better |= _mapping(result.get("better"))
+        better |= as_mapping(result.get("better"))
     reached = {
         metric: {**attrs.asdict(summarize(values)), "values": values, "better": better.get(metric)}
         for metric in metrics
@@ -866,7 +838,7 @@ def _facts(row: Row, metrics: Sequence[str]) -> dict[str, Any]:
         "metrics": reached,
         "expected": row.expected,
         "seconds": row.seconds(),
-        "verified": row.verified,
+        "verified": [each and each.document for each in row.verified],
         "verify": row.verdict(),
     }
 

@@ -25,18 +25,35 @@ from trainkit.cli.output import error, number, print_json, printable, table, ter
 from trainkit.errors import TrainkitError, UsageError
 from trainkit.provenance import ABSENT, LISTED
 from trainkit.registry import installed
-from trainkit.rundir import RunDir, parse_json
+from trainkit.rundir import RunDir, as_mapping, parse_json, read_regular
 
 if TYPE_CHECKING:
     from trainkit.recipe import Recipe
 
-__all__ = ["CHECK", "COMPARE", "LIST", "SHOW", "Finding", "StoredRun", "cell", "epochs_of"]
+__all__ = [
+    "CHECK",
+    "COMPARE",
+    "LIST",
+    "SHOW",
+    "VERIFIED",
+    "Evidence",
+    "Finding",
+    "StoredRun",
+    "cell",
+    "chain_of",
+    "epochs_of",
+    "read_evidence",
+]
 
 METRIC = "test_accuracy"
 UNFINISHED = "running or killed"
 SORTED_BY = ("newest", "name", "seed", "epochs", "final", "best", "seconds")
 NO_SETTINGS = {"name", "description", "source", "expect", "requires", "local", "plugins", "device"}
 HASH = re.compile(r"\b(?:blake2b:)?([0-9a-f]{12})[0-9a-f]{20,}\b")
+VERIFIED = "verified.json"  # what `trainkit verify RUN -o RUN/verified.json` writes
+VERDICTS = ("proved", "agrees", "differs", "not possible")
+MAX_EVIDENCE = 1 << 20  # bytes of what `trainkit verify` writes
+MAX_CHECKS = 200  # that it lists
 AT_ONCE = 3  # runs that a terminal of 80 columns shows beside each other
 
 
@@ -201,6 +218,84 @@ def find_runs(folder: Path) -> list[Path]:
 def find_groups(folder: Path) -> list[Path]:
     """Return the groups of runs in a folder and in the folders of it: seeds, and variants of studies."""
     return sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/group.json"))
+
+
+# ---- what was found when a run was checked
+
+
+def chain_of(result: Mapping[str, Any]) -> str:
+    """Return the last hash of a run's ledger, as its result has it; empty where it has none."""
+    chain = as_mapping(as_mapping(result.get("evidence")).get("ledger")).get("chain")
+    return chain if isinstance(chain, str) else ""
+
+
+@attrs.frozen
+class Evidence:
+    """What ``trainkit verify`` found, as its writer says: nothing proves that it was not written by hand.
+
+    Args:
+        path: of the file.
+        ledger: the last hash of the ledger that was checked; it tells which run that is.
+        sentence: what was found, in words.
+        checks: subject, verdict and detail of each check.
+        proved: whether the file says that everything which was checked was proved.
+        passed: whether it says that nothing differs.
+        replayed: steps that were replayed and came out identical.
+        steps: of the whole run.
+        document: all that the file holds.
+    """
+
+    path: Path
+    ledger: str
+    sentence: str
+    checks: list[tuple[str, str, str]]
+    proved: bool
+    passed: bool
+    replayed: int
+    steps: int
+    document: dict[str, Any]
+
+    @property
+    def verdict(self) -> str:
+        """All verdicts in a word; a file that contradicts itself is not taken at its best."""
+        verdicts = {verdict for _, verdict, _ in self.checks}
+        if "differs" in verdicts:
+            return "differs"
+        if self.proved and verdicts == {"proved"}:
+            return "proved"
+        return "agrees" if self.passed and verdicts else "not verified"
+
+
+def read_evidence(path: Path) -> Evidence:
+    """Read what ``trainkit verify RUN -o FILE`` wrote.
+
+    Raises:
+        UsageError: it cannot be read, or is no such file.
+    """
+    cure = "write it with: trainkit verify RUN -o FILE"
+    try:
+        told = parse_json(read_regular(path, MAX_EVIDENCE))
+    except OSError as problem:
+        raise UsageError(f"{path}: cannot be read: {problem.strerror}") from problem
+    except ValueError as problem:
+        raise UsageError(f"{path}: not JSON: {problem}; {cure}") from problem
+    told = as_mapping(told)
+    kinds = {"ledger": str, "sentence": str, "checks": list, "proved": bool, "passed": bool}
+    kinds |= {"replayed": int, "steps": int}
+    for key, kind in kinds.items():
+        if not isinstance(told.get(key), kind):
+            raise UsageError(f"{path}: {key}: expected {kind.__name__}, got {written(told.get(key))[:60]}; {cure}")
+    if not told["ledger"]:
+        raise UsageError(f"{path}: ledger: empty: the run that was checked has no ledger that could be read")
+    if len(told["checks"]) > MAX_CHECKS:
+        raise UsageError(f"{path}: checks: {len(told['checks']):,}, and `trainkit verify` makes {MAX_CHECKS} at most")
+    checks: list[tuple[str, str, str]] = []
+    for n, check in enumerate(map(as_mapping, told["checks"])):
+        what, verdict, detail = (check.get(key) for key in ("what", "verdict", "detail"))
+        if not (isinstance(what, str) and verdict in VERDICTS and isinstance(detail, str)):
+            raise UsageError(f"{path}: checks[{n}]: expected what, verdict ({', '.join(VERDICTS)}) and detail; {cure}")
+        checks.append((what, verdict, detail))
+    return Evidence(path=path, checks=checks, document=told, **{key: told[key] for key in kinds if key != "checks"})
 
 
 # ---- facts as tables

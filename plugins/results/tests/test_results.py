@@ -228,6 +228,16 @@ def test_what_is_not_completed_is_not_kept(here, capsys, tmp_path):
     assert "holds no recipe.yaml" in failed(capsys, "runs", "keep", str(tmp_path))
 
 
+@pytest.mark.parametrize("overrides", [3, [3], "seed=1"])
+def test_a_strangers_group_gives_one_clear_error(here, capsys, tmp_path, overrides):
+    shutil.copytree("runs/told/seeds-1", tmp_path / "g")
+    path = tmp_path / "g/group.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"overrides": overrides}))
+    said = failed(capsys, "runs", "keep", str(tmp_path / "g"))
+    assert f"{path}: overrides: expected a list of KEY=VALUE" in said
+    assert not Path("recipes/results").exists()
+
+
 def test_nothing_but_a_result_of_the_same_recipe_is_replaced(here, capsys):
     output = here / "recipes/results/told"
     assert main(["runs", "keep", "runs/told/seeds-1"]) == 0
