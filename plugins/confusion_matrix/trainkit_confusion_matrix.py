@@ -14,7 +14,7 @@ from attrs import field
 from torch import Tensor
 
 from trainkit import Batch, Run, numerics
-from trainkit.cli.output import add_allow_local, error, print_json, printable, terminal
+from trainkit.cli.output import add_allow_local, error, picture_format, print_json, printable, terminal
 from trainkit.errors import RecipeError, UsageError
 from trainkit.inference import count_confusion
 from trainkit.plugin import hookimpl, plugin
@@ -182,9 +182,7 @@ examples:
     @staticmethod
     def run(args: argparse.Namespace) -> int:
         """Count, and write the picture; 1 where images could not be read."""
-        kind = args.output.suffix.lower().removeprefix(".")
-        if kind not in ("png", "svg"):
-            raise UsageError(f"{args.output}: the name of a picture ends in .png or .svg")
+        kind = picture_format(args.output)
         numerics.prepare(load_recipe(RunDir(args.run_dir).recipe_path(), args.overrides))
         from trainkit.inference import confusion_matrix, count_images, load_model
         from trainkit.session import open_checkpoint

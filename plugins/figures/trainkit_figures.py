@@ -15,7 +15,7 @@ from attrs import field
 from attrs.validators import ge
 
 from trainkit import Run
-from trainkit.cli.output import printable, terminal
+from trainkit.cli.output import picture_format, printable, terminal
 from trainkit.errors import RecipeError, TrainkitError, UsageError
 from trainkit.plugin import hookimpl, plugin, recipe_file
 from trainkit.rundir import RunDir, atomic_write, read_regular
@@ -305,9 +305,7 @@ examples:
     @staticmethod
     def run(args: argparse.Namespace) -> int:
         """Read the runs' tables of epochs and write the picture."""
-        kind = args.output.suffix.lower().removeprefix(".")
-        if kind not in ("png", "svg"):
-            raise UsageError(f"{args.output}: the name of a picture ends in .png or .svg")
+        kind = picture_format(args.output)
         histories = {str(folder): _epochs(folder) for folder in args.folders}
         known = list(dict.fromkeys(name for rows in histories.values() for row in rows for name in row))
         if args.metric not in known:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from trainkit.cli.output import error, printable, terminal
+from trainkit.cli.output import error, picture_format, printable, terminal
 from trainkit.errors import UsageError, did_you_mean
 from trainkit.rundir import atomic_write, is_number
 from trainkit_studies import Group, Summary, groups_in, summarize  # type: ignore[import-untyped]
@@ -134,9 +134,7 @@ examples:
     @staticmethod
     def run(args: argparse.Namespace) -> int:
         """Read the groups and write the picture; name those that are left out."""
-        kind = args.output.suffix.lower().removeprefix(".")
-        if kind not in ("png", "svg"):
-            raise UsageError(f"{args.output}: the name of a picture ends in .png or .svg")
+        kind = picture_format(args.output)
         groups: dict[Path, Group] = {}
         for folder in args.folders:
             found = groups_in(folder)

@@ -11,7 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
+from trainkit.errors import UsageError
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from trainkit.session import Result
@@ -22,6 +26,7 @@ __all__ = [
     "error",
     "guarded_output",
     "number",
+    "picture_format",
     "print_json",
     "printable",
     "table",
@@ -41,6 +46,18 @@ def error(message: str) -> None:
     """Print one paragraph to the standard error stream."""
     label = "\x1b[31merror:\x1b[0m" if sys.stderr.isatty() else "error:"
     print(f"{label} {printable(message)}", file=sys.stderr)
+
+
+def picture_format(path: Path) -> str:
+    """Return what a picture's file is written as: ``png`` or ``svg``.
+
+    Raises:
+        UsageError: its name ends in neither.
+    """
+    form = path.suffix.lower().removeprefix(".")
+    if form not in ("png", "svg"):
+        raise UsageError(f"{path}: the name of a picture ends in .png or .svg")
+    return form
 
 
 class Output:
