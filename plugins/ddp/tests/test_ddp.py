@@ -2,6 +2,7 @@ import csv
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +170,54 @@ def test_a_stop_is_agreed_on_and_another_number_of_processes_goes_on(folder, two
         assert (ours["step"], ours["lr"]) == (theirs["step"], theirs["lr"])
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
         assert ours["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-3)
+
+
+def ip(*words):
+    """Run the program `ip`, and tell whether it succeeded."""
+    return subprocess.run(["ip", *words], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def computers():
+    """Two network namespaces that a virtual cable joins: each sees the other one and nothing else."""
+    names = [f"trainkit{os.getpid()}{letter}" for letter in "ab"]
+    if not shutil.which("ip") or not all(ip("netns", "add", name) for name in names):
+        for name in names:
+            shutil.which("ip") and ip("netns", "delete", name)
+        pytest.skip("network namespaces cannot be made here")
+    ends = [f"tk{os.getpid() % 10**6}{letter}" for letter in "ab"]
+    assert ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+    for number, (name, end) in enumerate(zip(names, ends, strict=True), 1):
+        assert ip("link", "set", end, "netns", name)
+        assert ip("-n", name, "address", "add", f"10.83.0.{number}/24", "dev", end)
+        assert ip("-n", name, "link", "set", end, "up")
+        assert ip("-n", name, "link", "set", "lo", "up")
+    yield dict(zip(names, ends, strict=True))
+    for name in names:
+        ip("netns", "delete", name)
+
+
+def test_two_computers_give_the_bits_of_two_processes_on_one(folder, two, computers):
+    options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=10.83.0.1:29500"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
+    run = ["-m", "trainkit", "run", "recipe.yaml", "--run-dir", "nodes"]
+    # Both namespaces have the computer's name, by which torchrun would look for addresses.
+    own = [[f"--rdzv-conf=is_host={int(n == 1)}", f"--local-addr=10.83.0.{n}"] for n in (1, 2)]
+    started = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", name, *torchrun, *where, *run],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": end},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for (name, end), where in zip(computers.items(), own, strict=True)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    assert [output.count("completed in") for output in outputs].count(1) == 1  # the first process alone prints
+    assert chain(folder / "nodes") == chain(two[0])
 
 
 def test_synchronized_keeps_names_values_and_what_is_shared():
