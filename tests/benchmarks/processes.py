@@ -30,8 +30,14 @@ def torchrun(world: int, recipe: Path, run_dir: Path, overrides: list[str], rest
     ]
     command = ["-m", "trainkit", "run", str(recipe), "--run-dir", str(run_dir), "plugins.ddp={}", *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, *launcher, *command], cwd=ROOT, env=environment, **pipes)  # type: ignore[call-overload, no-any-return]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *options, *command],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> None:
