@@ -21,13 +21,7 @@ from common import ROOT, alternate, arguments, report, show
 
 def torchrun(world: int, recipe: Path, run_dir: Path, overrides: list[str], restarts: int = 0) -> subprocess.Popen[str]:
     """Start a run in so many processes."""
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={world}",
-        f"--max-restarts={restarts}",
-    ]
+    options = ["--standalone", f"--nproc-per-node={world}", f"--max-restarts={restarts}"]
     command = ["-m", "trainkit", "run", str(recipe), "--run-dir", str(run_dir), "plugins.ddp={}", *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
