@@ -89,6 +89,7 @@ def _launch(folder, output, restarts, arguments):
 
 
 def _work(*arguments):
+    torch.set_num_threads(1)  # torch was loaded before the fork, and has read OMP_NUM_THREADS
     sys.exit(main(list(arguments)))
 
 
