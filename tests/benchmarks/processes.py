@@ -54,23 +54,30 @@ def last_hash(run_dir: Path) -> str:
     return str(json.loads((run_dir / "ledger.jsonl").read_text().splitlines()[-1])["chain"])
 
 
-def killed(world: int, recipe: Path, overrides: list[str], kills: int, seed: int) -> tuple[int, bool]:
-    """Kill processes of a run at random moments; return how many, and whether its bits are those of another run."""
+def killed(world: int, recipe: Path, overrides: list[str], kills: int, seed: int) -> tuple[int, int, bool]:
+    """Kill processes at random moments, in as many runs as that takes.
+
+    Returns:
+        How many were killed, in how many runs, and whether each run ended with the bits of an undisturbed one.
+    """
     rng = random.Random(seed)
     overrides = [*overrides, "plugins.checkpoint.every_steps=2"]
-    done = 0
+    done, hashes = 0, []
     with tempfile.TemporaryDirectory() as folder:
-        whole, broken = Path(folder) / "whole", Path(folder) / "broken"
+        whole = Path(folder) / "whole"
         finish(torchrun(world, recipe, whole, overrides))
-        process = torchrun(world, recipe, broken, overrides, restarts=kills)
-        while process.poll() is None and done < kills:
-            time.sleep(rng.uniform(0.5, 12))
-            listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
-            if children := listed.stdout.split():
-                os.kill(int(rng.choice(children)), signal.SIGKILL)
-                done += 1
-        finish(process)
-        return done, last_hash(whole) == last_hash(broken)
+        while done < kills:
+            broken = Path(folder) / f"broken-{len(hashes)}"
+            process = torchrun(world, recipe, broken, overrides, restarts=kills)
+            while process.poll() is None and done < kills:
+                time.sleep(rng.uniform(0.5, 12))
+                listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+                if children := listed.stdout.split():
+                    os.kill(int(rng.choice(children)), signal.SIGKILL)
+                    done += 1
+            finish(process)
+            hashes.append(last_hash(broken))
+        return done, len(hashes), set(hashes) == {last_hash(whole)}
 
 
 def main() -> None:
@@ -80,9 +87,10 @@ def main() -> None:
     overrides = ["plugins.figures=false", "plugins.sample_predictions=false", "plugins.progress=false", *where]
     recipe = ROOT / "recipes" / f"{args.recipe}.yaml"
     if args.kills:
-        done, same = killed(args.world, recipe, overrides, args.kills, args.seed)
-        rows = [(args.world, done, "the same bits" if same else "OTHER BITS")]
-        report(args, f"{args.recipe}, processes killed at random", ["processes", "kills", "beside undisturbed"], rows)
+        done, runs, same = killed(args.world, recipe, overrides, args.kills, args.seed)
+        columns = ["processes", "kills", "in runs", "beside undisturbed"]
+        row = args.world, done, runs, "the same bits" if same else "OTHER BITS"
+        report(args, f"{args.recipe}, processes killed at random", columns, [row])
         return
     found = alternate(
         {
