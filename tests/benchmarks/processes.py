@@ -62,7 +62,8 @@ def killed(world: int, recipe: Path, overrides: list[str], kills: int, seed: int
     """
     rng = random.Random(seed)
     overrides = [*overrides, "plugins.checkpoint.every_steps=2"]
-    done, hashes = 0, []
+    done = 0
+    hashes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole"
         finish(torchrun(world, recipe, whole, overrides))
